@@ -1,0 +1,1 @@
+"""Runnable studies: each a config dataclass and a `main`."""

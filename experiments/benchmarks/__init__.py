@@ -1,0 +1,1 @@
+"""Side-by-side timings, memory and compiled-program checks."""

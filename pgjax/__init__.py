@@ -1,0 +1,65 @@
+"""Policy gradients as pure JAX functions.
+
+The numeric core is imported at once; rooms with heavier dependencies on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from pgjax import (
+    advantages,
+    aggregate,
+    logprobs,
+    masks,
+    objectives,
+    returns,
+    segments,
+    surrogates,
+    types,
+)
+from pgjax.objectives import Objective, Regularizer
+from pgjax.types import PolicyOutputs, Rollout, Transition
+
+__version__ = "0.1.0"
+
+_LAZY = ("diagnostics", "models", "parallel", "rewards", "sampling", "tasks", "train")
+
+if TYPE_CHECKING:
+    from pgjax import diagnostics, models, parallel, rewards, sampling, tasks, train
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"pgjax.{name}")
+    raise AttributeError(f"module 'pgjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
+
+
+__all__ = [
+    "Objective",
+    "PolicyOutputs",
+    "Regularizer",
+    "Rollout",
+    "Transition",
+    "advantages",
+    "aggregate",
+    "diagnostics",
+    "logprobs",
+    "masks",
+    "models",
+    "objectives",
+    "parallel",
+    "returns",
+    "rewards",
+    "sampling",
+    "segments",
+    "surrogates",
+    "tasks",
+    "train",
+    "types",
+]

@@ -1,0 +1,29 @@
+"""Device meshes and sharding rules: where arrays live, apart from the code that uses them."""
+
+from pgjax.parallel.mesh import AXES, make_mesh, parse_mesh
+from pgjax.parallel.sharding import (
+    DEFAULT_RULES,
+    batch_sharding,
+    constrain_batch,
+    replicated,
+    shard,
+    shard_like,
+    shardings,
+    shardings_like,
+    spec_for,
+)
+
+__all__ = [
+    "AXES",
+    "DEFAULT_RULES",
+    "batch_sharding",
+    "constrain_batch",
+    "make_mesh",
+    "parse_mesh",
+    "replicated",
+    "shard",
+    "shard_like",
+    "shardings",
+    "shardings_like",
+    "spec_for",
+]

@@ -1,0 +1,45 @@
+"""What a run carries from step to step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from pgjax.types import _Replaceable, pytree_dataclass
+
+
+@pytree_dataclass
+class TrainState(_Replaceable):
+    """Parameters, optimizer state, step count and PRNG key: all that an update reads and writes.
+
+    Attributes:
+      params: pytree of arrays.
+      opt_state: of the optimizer the update was made with.
+      step: int32 scalar, updates (rollout batches) so far.
+      key: the run's key; every step derives its own by `fold_in(key, step)`, so the key itself
+        never changes and a resumed run draws what the uninterrupted one would have.
+    """
+
+    params: Any
+    opt_state: optax.OptState
+    step: Int[Array, ""]
+    key: PRNGKeyArray
+
+
+def init(
+    params: Any, optimizer: optax.GradientTransformation, key: PRNGKeyArray
+) -> TrainState:
+    """A fresh state at step 0.
+
+    Args:
+      params: pytree of arrays, used as given, not copied (an update donates them).
+      optimizer: any Optax transformation.
+      key: from `jax.random.key`.
+    """
+    # Under jit so that optimizer state follows the sharding of the parameters.
+    opt_state = jax.jit(optimizer.init)(params)
+    return TrainState(params=params, opt_state=opt_state, step=jnp.int32(0), key=key)

@@ -1,0 +1,115 @@
+"""One step of reinforcement on text: sample, reward, update."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from pgjax import models, rewards, sampling
+from pgjax.train.loop import Step
+from pgjax.train.rollouts import to_rollout
+from pgjax.train.state import TrainState
+from pgjax.train.update import Update
+
+# A batch of prompts: `prompts` int32[P, Tp], `prompt_lengths` int32[P], and whatever the reward
+# function reads, one row per prompt.
+PromptBatch = Mapping[str, Any]
+RewardFunction = Callable[[sampling.Samples, PromptBatch, PRNGKeyArray], Float[Array, " B"]]
+
+_log = logging.getLogger("pgjax.train")
+
+
+def make_text_step(
+    decoder: models.FunctionalDecoder,
+    update: Update,
+    reward: RewardFunction,
+    *,
+    num_samples: int,
+    max_new_tokens: int,
+    stop_tokens: Sequence[int],
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    reference_params: Any | None = None,
+    on_samples: Callable[[int, sampling.Samples, Any], None] | None = None,
+) -> Step:
+    """A step `(state, prompt batch) -> (state, metrics)` for `fit`.
+
+    Every random choice derives from the state's key and step, so a resumed run repeats it.
+
+    Args:
+      decoder: from `pgjax.models`; its parameters are `state.params["decoder"]`.
+      update: from `make_update`.
+      reward: `(samples, batch, key) -> f32[P * G]`; pure JAX, or `host_reward`.
+      num_samples: G, completions per prompt.
+      max_new_tokens: the length budget.
+      stop_tokens: ids that end a completion.
+      temperature, top_k, top_p, min_p: of the sampling distribution.
+      reference_params: of the reference policy, for objectives that need one.
+      on_samples: called with step, samples and rewards, for showing completions.
+
+    Returns:
+      the step. Its metrics are the update's, and `tokens`, sampled in this step.
+    """
+
+    def step(state: TrainState, batch: PromptBatch) -> tuple[TrainState, dict[str, Any]]:
+        key = jax.random.fold_in(state.key, state.step)
+        sample_key, reward_key = jax.random.split(key)
+        samples = sampling.generate(
+            decoder,
+            state.params["decoder"],
+            batch["prompts"],
+            batch["prompt_lengths"],
+            sample_key,
+            num_samples=num_samples,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            stop_tokens=tuple(stop_tokens),
+        )
+        scores = reward(samples, batch, reward_key)
+        if on_samples is not None:
+            on_samples(int(state.step) + 1, samples, scores)
+        state, metrics = update(state, to_rollout(samples, scores), reference_params)
+        return state, {**metrics, "tokens": samples.mask.sum()}
+
+    return step
+
+
+def host_reward(
+    verifier: Callable[[str, Any], float],
+    decode: Callable[[Sequence[int]], str],
+    examples: Callable[[PromptBatch], Sequence[Any]],
+) -> RewardFunction:
+    """A reward function that calls a Python verifier on every completion's text.
+
+    A verifier that raises or returns something that is no number gives its sample the reward NaN,
+    which every advantage function leaves out; the exception is logged with the sample's index.
+
+    Args:
+      verifier: `(completion, example) -> float`.
+      decode: token ids of a completion, stop token included, to text.
+      examples: the batch's examples, one per prompt.
+    """
+
+    def reward(samples: sampling.Samples, batch: PromptBatch, key: PRNGKeyArray) -> Array:
+        del key
+        tokens, mask = np.asarray(samples.tokens), np.asarray(samples.mask)
+        texts = [decode(row[kept].tolist()) for row, kept in zip(tokens, mask, strict=True)]
+        per_prompt = examples(batch)
+        chosen = [per_prompt[int(p)] for p in np.asarray(samples.prompt_ids)]
+        scores, failures = rewards.call_verifier(verifier, texts, chosen)
+        for failure in failures:
+            _log.warning("verifier failed, sample left out: %s", failure)
+        return jnp.asarray(scores, jnp.float32)
+
+    return reward

@@ -1,0 +1,209 @@
+"""One training step: prepare the batch, then minibatches, epochs and gradient accumulation.
+
+The accumulated gradient equals the full minibatch's: every token's weight in the loss is fixed by
+the minibatch's own (global) denominators before it is cut into microbatches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from pgjax.aggregate import masked_mean
+from pgjax.objectives import Objective
+from pgjax.objectives.objective import groups_without_signal
+from pgjax.train.outputs import OutputsFunction
+from pgjax.train.state import TrainState
+from pgjax.types import PolicyOutputs, Rollout
+
+Metrics = dict[str, Float[Array, ""]]
+Update = Callable[..., tuple[TrainState, Metrics]]
+
+_LOGPROBS_ONLY: frozenset[str] = frozenset()
+
+
+def _split(tree: Any, parts: int) -> Any:
+    """Every array `[B, ...]` as `[parts, B // parts, ...]`, row i going to part i mod parts.
+
+    Taking every `parts`-th row, not consecutive ones, keeps each part spread over the devices of a
+    batch that is sharded along its rows.
+    """
+    return jax.tree.map(
+        lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), tree
+    )
+
+
+def _join(tree: Any) -> Any:
+    """The inverse of `_split`."""
+    return jax.tree.map(
+        lambda x: x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree
+    )
+
+
+def _in_parts(function: Callable[[Rollout], Any], rollout: Rollout, parts: int) -> Any:
+    if parts == 1:
+        return function(rollout)
+    return _join(jax.lax.map(function, _split(rollout, parts)))
+
+
+def make_update(
+    outputs: OutputsFunction,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_epochs: int = 1,
+    num_minibatches: int = 1,
+    num_microbatches: int = 1,
+) -> Update:
+    """A jitted `update(state, rollout, reference_params=None) -> (state, metrics)`.
+
+    The state is donated. Per call: rollout fields that the objective needs and the rollout lacks
+    (`reference_logprobs`, `proximal_logprobs`, old `values`) are computed; `objective.prepare`;
+    then `num_epochs` passes over `num_minibatches` shuffled minibatches, one optimizer step each,
+    whose gradient is accumulated over `num_microbatches`.
+
+    Args:
+      outputs: `(params, rollout, needs) -> PolicyOutputs`.
+      objective: any `pgjax.Objective`.
+      optimizer: any Optax transformation; put `optax.clip_by_global_norm` into its chain to clip.
+      num_epochs: passes over the batch.
+      num_minibatches: optimizer steps a pass.
+      num_microbatches: parts of a minibatch that are in memory one after the other.
+
+    Returns:
+      the update. Its metrics are f32 scalars: the objective's diagnostics (means over the optimizer
+      steps; min and max of extremes), `loss`, `gradient_norm` (before the optimizer),
+      `update_norm`, and of the batch `reward`, `reward_std`, `completion_length`, `truncated`.
+
+    Raises:
+      ValueError: counts below 1 here; at trace time, a batch size that the counts do not divide, or
+        a needed reference policy that was not given.
+    """
+    for name, value in {
+        "num_epochs": num_epochs,
+        "num_minibatches": num_minibatches,
+        "num_microbatches": num_microbatches,
+    }.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    needs = objective.needs
+
+    def fill(params: Any, rollout: Rollout, reference_params: Any | None) -> Rollout:
+        """Computes the rollout fields that the objective needs and the rollout lacks."""
+        parts = num_minibatches * num_microbatches
+        changes: dict[str, Any] = {}
+        if "reference_logprobs" in needs and rollout.reference_logprobs is None:
+            if reference_params is None:
+                raise ValueError("reference_params: this objective needs a reference policy, got None")
+            changes["reference_logprobs"] = _in_parts(
+                lambda r: outputs(reference_params, r, _LOGPROBS_ONLY).logprobs, rollout, parts
+            )
+        wanted = {
+            name: field
+            for name, field in (("proximal_logprobs", "logprobs"), ("values", "values"))
+            if name in needs and getattr(rollout, name) is None
+        }
+        if wanted:
+            extra = frozenset({"values"}) if "values" in wanted else _LOGPROBS_ONLY
+            old = _in_parts(lambda r: outputs(params, r, extra), rollout, parts)
+            changes |= {name: getattr(old, field) for name, field in wanted.items()}
+        return rollout.replace(**jax.lax.stop_gradient(changes))
+
+    def gradient(params: Any, minibatch: Rollout) -> tuple[Any, Array, PolicyOutputs]:
+        minibatch = objective.weigh(minibatch)
+
+        def loss(params: Any, part: Rollout) -> tuple[Array, PolicyOutputs]:
+            out = outputs(params, part, needs)
+            return objective.value(out, part), jax.lax.stop_gradient(out).replace(features=None)
+
+        value_and_grad = jax.value_and_grad(loss, has_aux=True)
+        if num_microbatches == 1:
+            (value, out), grads = value_and_grad(params, minibatch)
+            return grads, value, out
+
+        def accumulate(carry: tuple[Any, Array], part: Rollout) -> tuple[Any, PolicyOutputs]:
+            total, value = carry
+            (part_value, out), grads = value_and_grad(params, part)
+            return (jax.tree.map(jnp.add, total, grads), value + part_value), out
+
+        zero = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
+        (grads, value), out = jax.lax.scan(accumulate, zero, _split(minibatch, num_microbatches))
+        return grads, value, _join(out)
+
+    def optimizer_step(
+        carry: tuple[Any, optax.OptState], minibatch: Rollout
+    ) -> tuple[tuple[Any, optax.OptState], Metrics]:
+        params, opt_state = carry
+        grads, value, out = gradient(params, minibatch)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        metrics = _diagnostics(objective, out, minibatch)
+        metrics |= {
+            "loss": value,
+            "gradient_norm": optax.global_norm(grads),
+            "update_norm": optax.global_norm(updates),
+        }
+        return (optax.apply_updates(params, updates), opt_state), metrics
+
+    def update(
+        state: TrainState, rollout: Rollout, reference_params: Any | None = None
+    ) -> tuple[TrainState, Metrics]:
+        batch = rollout.tokens.shape[0]
+        if batch % (num_minibatches * num_microbatches):
+            raise ValueError(
+                f"rollout: {batch} sequences cannot be cut into num_minibatches={num_minibatches} "
+                f"times num_microbatches={num_microbatches} equal parts"
+            )
+        rollout = fill(state.params, rollout, reference_params)
+        batch_metrics = _batch_metrics(rollout)
+        prepared = objective.prepare(rollout)
+        carry = (state.params, state.opt_state)
+        if num_epochs == num_minibatches == 1:
+            carry, metrics = optimizer_step(carry, prepared)
+        else:
+            key = jax.random.fold_in(state.key, state.step)
+
+            def epoch(carry: Any, key: Array) -> tuple[Any, Metrics]:
+                order = jax.random.permutation(key, batch)
+                shuffled = jax.tree.map(lambda x: x[order], prepared)
+                return jax.lax.scan(optimizer_step, carry, _split(shuffled, num_minibatches))
+
+            carry, stacked = jax.lax.scan(epoch, carry, jax.random.split(key, num_epochs))
+            metrics = {name: _REDUCE.get(name, jnp.mean)(x) for name, x in stacked.items()}
+        params, opt_state = carry
+        state = state.replace(params=params, opt_state=opt_state, step=state.step + 1)
+        # A group may be spread over minibatches: its signal is a fact of the whole batch.
+        whole = {"groups_without_signal": groups_without_signal(prepared)}
+        return state, batch_metrics | metrics | whole
+
+    return jax.jit(update, donate_argnums=0)
+
+
+_REDUCE = {"ratio_min": jnp.min, "ratio_max": jnp.max}
+
+
+def _diagnostics(objective: Objective, out: PolicyOutputs, minibatch: Rollout) -> Metrics:
+    if "features" in objective.needs:  # not kept across microbatches: [B, T, H]
+        return {}
+    return objective.diagnostics(out, minibatch)
+
+
+def _batch_metrics(rollout: Rollout) -> Metrics:
+    rewards = rollout.rewards
+    if rewards.ndim == 2:
+        rewards = jnp.where(rollout.mask, rewards, 0.0).sum(-1)
+    finite = jnp.isfinite(rewards)
+    mean = masked_mean(rewards, finite)
+    variance = masked_mean(jnp.square(rewards - mean), finite)
+    metrics = {
+        "reward": mean,
+        "reward_std": jnp.sqrt(variance),
+        "completion_length": rollout.mask.sum(-1).mean(),
+    }
+    if rollout.truncated is not None:
+        metrics["truncated"] = rollout.truncated.mean()
+    return {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}
