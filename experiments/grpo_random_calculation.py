@@ -406,17 +406,14 @@ def demonstration_rollout(batch: dict[str, np.ndarray]) -> pg.Rollout:
 def evaluation_batches(
     source: task.Source, levels: tuple[int, ...], per_level: int, length: int
 ) -> list[dict[str, np.ndarray]]:
-    """The first `per_level` prompts of every level, in batches of one size."""
-    chosen = np.concatenate([np.flatnonzero(source.levels == n)[:per_level] for n in levels])
-    size = max(d for d in range(1, 129) if len(chosen) % d == 0)
-    batches = []
-    for rows in chosen.reshape(-1, size):
-        items = [source[int(i)] for i in rows]
-        batch = task.prompt_batch([item["prompt"] for item in items], length=length)
-        batch["answers"] = np.array([item["answer"] for item in items], np.int32)
-        batch["levels"] = np.array([item["level"] for item in items], np.int32)
-        batches.append(batch)
-    return batches
+    """The first `per_level` prompts of every level, easy ones first, in batches of one size."""
+    rows = pg.tasks.prompt_arrays(source, prompt_length=length, levels=levels, per_level=per_level)
+    order = np.argsort(rows["levels"], kind="stable")
+    size = max(d for d in range(1, 129) if len(order) % d == 0)
+    return [
+        {name: values[part] for name, values in rows.items()}
+        for part in order.reshape(-1, size)
+    ]
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -450,7 +447,7 @@ class Run:
         self.max_new_tokens = max_new_tokens(config)
         axes: dict[str, Any] = {"decoder": self.decoder.logical_axes()}
         if "value_head" in self.params:
-            axes["value_head"] = jax.tree.map(lambda x: (None,) * x.ndim, self.params["value_head"])
+            axes["value_head"] = pg.models.value_head_logical_axes()
         self.shardings = pg.parallel.shardings(axes, self.mesh, shapes=self.params)
         self.writer = pg.train.metrics.MetricsWriter(self.directory)
 
@@ -489,7 +486,7 @@ class Run:
             if saved.latest_step() is not None:
                 state, metadata = saved.restore(like=state)
                 batches.set_state(metadata["batches"])
-            self.writer.truncate_after(int(state.step), phase)
+            self.writer.truncate_after(int(state.step), phase=phase, phases=("warmup", "rl"))
             state = pg.train.fit(
                 step,
                 state,
@@ -603,9 +600,9 @@ class Run:
             num_minibatches=rl.minibatches,
             num_microbatches=rl.microbatches,
         )
-        # The update donates its state, so the reference policy is a copy of its own.
-        reference = {"decoder": jax.tree.map(jnp.copy, initial)}
-        params = {**self.params, "decoder": initial}
+        # The update donates its state, so the learner gets a copy; the reference stays as it is.
+        reference = {"decoder": initial}
+        params = {**self.params, "decoder": jax.tree.map(jnp.copy, initial)}
         params = pg.parallel.shard(params, self.shardings)
         state = pg.train.init(params, optimizer, jax.random.key(config.seed))
         shown: list[str] = []
@@ -683,11 +680,7 @@ def run(config: Config) -> Result:
     """Warm-up, test, reinforcement, test; resumable at any point."""
     started = time.perf_counter()
     this = Run(config)
-    if config.warmup_from is not None:
-        warmed = load_warmed_up(config.warmup_from, this)
-    else:
-        warmed = this.warm_up()
-    warmed = jax.tree.map(jnp.copy, warmed)
+    warmed = warmed_up(this)
     warm_seconds = time.perf_counter() - started
     before = this.test("before", warmed)
     began = time.perf_counter()
@@ -705,14 +698,22 @@ def run(config: Config) -> Result:
     return result
 
 
-def load_warmed_up(directory: pathlib.Path, this: Run) -> Any:
-    """The decoder's parameters at the end of another run's warm-up."""
-    path = directory / "checkpoints" / "warmup"
-    if not path.is_dir():
-        raise FileNotFoundError(f"--warmup-from: {path} does not exist")
-    params = pg.parallel.shard(this.params["decoder"], this.shardings["decoder"])
-    with pg.train.checkpoints.open(path, writable=False) as saved:
-        return saved.restore_part("params", like={"decoder": params})["decoder"]
+def warmed_up(this: Run) -> Any:
+    """The decoder's parameters after the warm-up: this run's, or another's that it starts from."""
+    own = this.directory / "checkpoints" / "warmed_up"
+    like = pg.parallel.shard(this.params["decoder"], this.shardings["decoder"])
+    source = this.config.warmup_from
+    directory = own if source is None else source / "checkpoints" / "warmed_up"
+    if source is None and not own.exists():
+        params = this.warm_up()
+        with pg.train.checkpoints.open(own) as saved:
+            saved.save(this.config.warmup.steps, params)
+        return params
+    if not directory.is_dir():
+        raise FileNotFoundError(f"warmup_from: no warmed-up model in {directory}")
+    with pg.train.checkpoints.open_readonly(directory) as saved:
+        params, _ = saved.restore(like=like)
+    return params
 
 
 # --- the end: table, picture, files ---------------------------------------------------------------

@@ -166,7 +166,7 @@ def _logits_rows() -> list[Row]:
 
 
 def rows() -> list[Row]:
-    """All comparisons; each row's `limit` is the ratio it must stay within, where one is claimed."""
+    """All comparisons; `limit` is the ratio a row must stay within, where one is claimed."""
     return _hidden_rows() + _logits_rows()
 
 

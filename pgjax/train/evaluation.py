@@ -106,9 +106,9 @@ def accuracy_by_level(graded: Graded, *, k: int) -> dict[int, Accuracy]:
     for level in np.unique(graded.levels):
         rows = graded.levels == level
         correct = graded.correct[rows]
-        low, high = metrics.accuracy_interval(correct)
+        average, low, high = metrics.accuracy_interval(correct)
         result[int(level)] = Accuracy(
-            average=float(correct.mean()),
+            average=float(average),
             low=float(low),
             high=float(high),
             pass_at_k=float(np.mean(metrics.pass_at_k(correct, k=k))),

@@ -104,7 +104,8 @@ class MetricsWriter:
     """Appends records to `metrics.jsonl`, and to TensorBoard files under `tensorboard/<phase>`.
 
     A line is one write to a file opened for appending, so a process that dies leaves whole lines,
-    and at worst a torn last one, which the next writer removes. In a job of several processes one
+    and at worst a torn last one, which the next writer removes. TensorBoard's files follow within
+    seconds; what they lack after a crash, `metrics.jsonl` has. In a job of several processes one
     of them writes.
     """
 
@@ -200,7 +201,6 @@ class MetricsWriter:
             for name, number in numbers.items():
                 if math.isfinite(number):
                     writer.add_scalar(name, number, step)
-            writer.flush()
 
     def _events(self, phase: str) -> Any:
         if not self._tensorboard:
@@ -216,8 +216,14 @@ class MetricsWriter:
                     self.path,
                 )
                 return None
+            directory = self._directory / "tensorboard" / phase
+            # Files are named by the second, read in order of name, and overwritten when equal.
+            number = len(list(directory.glob("events.*"))) if directory.is_dir() else 0
             self._event_writers[phase] = SummaryWriter(
-                str(self._directory / "tensorboard" / phase), purge_step=self._purge.get(phase)
+                str(directory),
+                purge_step=self._purge.pop(phase, None),
+                filename_suffix=f".{number:04d}",
+                flush_secs=5,
             )
         return self._event_writers[phase]
 
@@ -276,7 +282,7 @@ class MetricsWriter:
         os.replace(new, self.path)
         self._open()
         if self._tensorboard and (self._directory / "tensorboard").is_dir():
-            for name in self._purge:
+            for name in list(self._purge):
                 if (self._directory / "tensorboard" / name).is_dir():
                     self._events(name)  # tells TensorBoard now, even if nothing more is written
         return len(rows) - len(kept)
@@ -384,15 +390,21 @@ def progress(
         TimeRemainingColumn,
     )
     from rich.progress import Progress as RichProgress
+    from rich.table import Column
 
     columns = (
         TextColumn("{task.description}", style="bold", markup=False),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("<"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[numbers]}", style="cyan", markup=False),
+        TextColumn(
+            "{task.fields[numbers]}",
+            style="cyan",
+            markup=False,
+            table_column=Column(no_wrap=False),  # what is too narrow wraps here, not in the counts
+        ),
     )
     with RichProgress(*columns, console=console, refresh_per_second=4) as bars:
         task = bars.add_task(description, total=total, completed=initial, numbers="")
@@ -530,7 +542,8 @@ def plot_curves(
       path: where the image goes; the ending chooses the format (`.png`, `.pdf`, `.svg`).
       x_label: of the horizontal axes, with its unit.
       title: above all panels.
-      smooth: points of a trailing mean; above 1 the raw curve stays visible, faintly.
+      smooth: points of a trailing mean, at most a tenth of a curve's; above 1 the raw curve stays
+        visible, faintly. Curves with a band are drawn as they are.
       columns: panels side by side, at most.
 
     Raises:
@@ -577,16 +590,18 @@ def plot_curves(
         "svg.hashsalt": "pgjax",  # the same curves give the same file
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(3.3 * across + 0.3, 2.5 * down + 0.55), layout="constrained")
+        figure = Figure(figsize=(3.3 * across + 0.3, 2.5 * down + 0.55))
+        figure.set_layout_engine("constrained", w_pad=0.09, h_pad=0.08)
         axes = figure.subplots(down, across, squeeze=False).ravel()
         for axis, (panel, drawn) in zip(axes, checked.items(), strict=False):
             for label, (x, y, *band) in drawn.items():
-                if smooth > 1:
+                window = 1 if band else max(1, min(smooth, len(y) // 10))
+                if window > 1:
                     axis.plot(x, y, color=color[label], alpha=0.25, linewidth=0.7)
                 single = np.isfinite(y).sum() == 1
                 axis.plot(
                     x,
-                    _smoothed(y, smooth),
+                    _smoothed(y, window),
                     style[label],
                     color=color[label],
                     linewidth=1.5,
@@ -602,10 +617,11 @@ def plot_curves(
             axis.grid(axis="y", color=_FAINT, linewidth=0.6)
             axis.set_axisbelow(True)
             axis.margins(x=0.02)
-            axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            axis.yaxis.set_major_locator(MaxNLocator(5))
+            axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 2.5, 5, 10]))
+            axis.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
             axis.tick_params(length=3, width=0.6)
             if not any(np.isfinite(y).any() for _, y, *_ in drawn.values()):
+                axis.set(xticks=[], yticks=[])
                 axis.text(
                     0.5, 0.5, "no data", transform=axis.transAxes, ha="center", color="#8a8a8a"
                 )
