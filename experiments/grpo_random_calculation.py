@@ -510,7 +510,7 @@ class Run:
                 optax.warmup_cosine_decay_schedule(
                     0.0,
                     config.warmup.learning_rate,
-                    min(50, config.warmup.steps),
+                    min(50, config.warmup.steps // 4),
                     max(config.warmup.steps, 1),
                     0.1 * config.warmup.learning_rate,
                 ),
@@ -519,11 +519,14 @@ class Run:
                 weight_decay=0.01,
             ),
         )
-        update = pg.train.make_update(
-            pg.train.language_model_outputs(self.decoder), pg.objectives.supervised(), optimizer
-        )
         params = pg.parallel.shard(self.params["decoder"], self.shardings["decoder"])
         state = pg.train.init({"decoder": params}, optimizer, jax.random.key(config.seed))
+        update = pg.train.make_update(
+            pg.train.language_model_outputs(self.decoder),
+            pg.objectives.supervised(),
+            optimizer,
+            state_shardings=pg.train.shardings(state),
+        )
         task_config = task.PRESETS[config.data_preset]
         length = max(
             task.prompt_length_bound(task_config, n) + task.response_length_bound(task_config, n)
@@ -592,6 +595,11 @@ class Run:
         """Parameters after the policy-gradient phase, and sampled tokens per second."""
         config, rl = self.config, self.config.rl
         optimizer = make_optimizer(config)
+        # The update donates its state, so the learner gets a copy; the reference stays as it is.
+        reference = {"decoder": initial}
+        params = {**self.params, "decoder": jax.tree.map(jnp.copy, initial)}
+        params = pg.parallel.shard(params, self.shardings)
+        state = pg.train.init(params, optimizer, jax.random.key(config.seed))
         update = pg.train.make_update(
             pg.train.language_model_outputs(self.decoder, temperature=rl.temperature),
             make_objective(config),
@@ -599,12 +607,8 @@ class Run:
             num_epochs=rl.epochs,
             num_minibatches=rl.minibatches,
             num_microbatches=rl.microbatches,
+            state_shardings=pg.train.shardings(state),
         )
-        # The update donates its state, so the learner gets a copy; the reference stays as it is.
-        reference = {"decoder": initial}
-        params = {**self.params, "decoder": jax.tree.map(jnp.copy, initial)}
-        params = pg.parallel.shard(params, self.shardings)
-        state = pg.train.init(params, optimizer, jax.random.key(config.seed))
         shown: list[str] = []
 
         def show(at: int, samples: Any, rewards: Any) -> None:

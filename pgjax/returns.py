@@ -184,7 +184,9 @@ def _trace_weight(lambda_: Array | float, mask: Array | None, like: Array) -> Ar
         _checks.in_range("lambda_", lambda_, 0.0, 1.0)
         return jnp.asarray(lambda_, like.dtype)
     if np.shape(lambda_) != like.shape:
-        raise ValueError(f"lambda_: expected a scalar or shape {like.shape}, got {np.shape(lambda_)}")
+        raise ValueError(
+            f"lambda_: expected a scalar or shape {like.shape}, got {np.shape(lambda_)}"
+        )
     _checks.floating(lambda_=lambda_)
     return _only(mask, jnp.asarray(lambda_, like.dtype))
 

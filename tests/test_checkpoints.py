@@ -5,6 +5,7 @@ import os
 import pathlib
 import random
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -487,7 +488,7 @@ SAVE_FOR_EVER = textwrap.dedent(
 def test_sigkill_in_the_middle_of_saves(tmp_path):
     rng = random.Random(0)
     leftovers, reached = 0, 0
-    for _ in range(6):
+    for _ in range(4):
         process = subprocess.Popen(
             [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)],
             env=environment(),
@@ -503,7 +504,7 @@ def test_sigkill_in_the_middle_of_saves(tmp_path):
             if leftovers_before := leftovers_now(tmp_path):
                 raise AssertionError(f"not cleaned up: {leftovers_before}")
             process.stdout.readline()
-            time.sleep(rng.uniform(0.05, 0.6))
+            time.sleep(rng.uniform(0.05, 0.4))
         finally:
             process.send_signal(signal.SIGKILL)
             out, err = process.communicate(timeout=30)
@@ -627,3 +628,79 @@ def test_restores_into_another_mesh(tmp_path):
     assert out["shard"] == [8, 6]
     assert out["error"] < 1e-6
     assert done.stderr == ""
+
+
+TWO_PROCESSES = textwrap.dedent(
+    """
+    import os, sys, warnings
+    import jax
+    rank, port, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
+    import numpy as np, optax
+    from jax.experimental import multihost_utils
+    from pgjax import parallel
+    from pgjax.train import checkpoints
+
+    mesh = parallel.make_mesh("data=2,fsdp=2")
+    host = {"w": np.arange(32.0, dtype=np.float32).reshape(8, 4), "b": np.ones(4, np.float32)}
+    where = parallel.shardings({"w": ("embed", "mlp"), "b": ("mlp",)}, mesh, shapes=host)
+    optimizer = optax.adam(0.1)
+    abstract = jax.eval_shape(optimizer.init, host)
+    params = parallel.shard(host, where)
+    state = {
+        "params": params,
+        "opt_state": jax.jit(
+            optimizer.init, out_shardings=parallel.shardings_like(abstract, host, where)
+        )(params),
+        "key": parallel.shard(jax.random.key(3), parallel.replicated(mesh)),
+        "step": parallel.shard(np.int32(5), parallel.replicated(mesh)),
+        "host": np.arange(3),
+    }
+
+    def local(x):
+        x = jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        return [np.asarray(s.data) for s in x.addressable_shards] if hasattr(x, "sharding") else x
+
+    with checkpoints.open(directory) as saved:
+        for i in range(3):
+            saved.save(i, state, {"i": i})
+        restored, metadata = saved.restore(like=state)
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(local(a), local(b)),
+                     restored, state)
+        assert restored["params"]["w"].sharding == where["w"] and metadata == {"i": 2}
+        if rank == 0:
+            os.truncate(os.path.join(directory, "2", "info", "info.json"), 5)
+        multihost_utils.sync_global_devices("damaged")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            _, metadata = saved.restore(like=state)
+        assert metadata == {"i": 1} and "info.json has 5 bytes" in str(caught[-1].message)
+        saved.save(2, state, {"i": 22})
+        assert saved.restore(like=state)[1] == {"i": 22}
+        assert saved.steps() == [1, 2]
+    print("done")
+    """
+)
+
+
+def test_two_processes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, str(rank), port, str(tmp_path / "run")],
+            env=environment(2),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=120)
+            assert process.returncode == 0 and out.split()[-1:] == ["done"], err
+    finally:
+        for process in processes:
+            process.kill()

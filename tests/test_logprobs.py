@@ -148,7 +148,7 @@ CASES = {
     "both": {"temperature": 1.7, "soft_cap": 2.0},
 }
 # 8 leaves a rest of 5, 36 of 1; 100 is more than there are.
-BLOCKS = [("plain", n) for n in (None, 1, 36, 37, 100)] + [(case, 8) for case in CASES]
+BLOCKS = [("plain", n) for n in (None, 1, 8, 36, 100)] + [("soft cap", 8), ("both", 8)]
 
 
 @pytest.mark.parametrize(("case", "block_size"), BLOCKS)
@@ -169,14 +169,7 @@ def test_from_hidden_equals_numpy_in_float64(case, block_size):
 
 @pytest.mark.parametrize(
     ("case", "block_size", "vocab_axis"),
-    [
-        ("plain", 37, 0),
-        ("plain", 8, 1),
-        ("both", 37, 1),
-        ("both", 8, 0),
-        ("temperature", 8, 1),
-        ("soft cap", 8, 1),
-    ],
+    [("plain", 37, 0), ("plain", 8, 1), ("temperature", 36, 1), ("soft cap", 8, 1), ("both", 8, 0)],
 )
 def test_from_hidden_gradients_equal_naive_in_float64(case, block_size, vocab_axis):
     with jax.enable_x64(True):
@@ -570,7 +563,7 @@ def test_sharded_inputs_give_the_same_values_and_gradients():
 # ----------------------------------------------------------------------------------- entropy
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([1, 2, 40]), st.floats(0.01, 60.0))
 def test_entropy_equals_scipy(seed, size, scale):
     rng = np.random.default_rng(seed)
@@ -695,7 +688,7 @@ def exact_gradients(x, y):
     return reverse, forward
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_estimators_values_and_gradients_by_enumeration(seed):
     with jax.enable_x64(True):
         x, y = categorical_pair(seed)
@@ -744,7 +737,7 @@ def test_k2_is_right_to_second_order_only():
         assert 7 < errors[0] / errors[1] < 9  # a third-order error falls eightfold
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.floats(-200, 0), st.floats(-200, 0))
 def test_estimators_equal_numpy_with_the_documented_clamp(a, b):
     d = np.clip(np.float64(np.float32(a) - np.float32(b)), -20, 20)

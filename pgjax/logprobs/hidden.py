@@ -69,7 +69,8 @@ def from_hidden(
 
     Equal to `from_logits` of the same logits, but at no time are more than `block_size` of a
     token's V logits in memory, forwards or backwards. A backward pass costs one more product of
-    hidden states and unembedding than if the logits had been kept.
+    hidden states and unembedding than if the logits had been kept. Under jit, inputs may be sharded
+    along any axis; inside `shard_map`, each device must hold the whole vocabulary.
 
     Args:
       hidden: `[B, T, H]`, floating; `hidden[b, t-1]` predicts `tokens[b, t]`. The last position
@@ -252,9 +253,10 @@ def _write(out: Array, block: Array, start: Any, axis: int) -> Array:
 
 
 def _bits(x: Array) -> Array:
-    """16-bit floats as integers. XLA on CPUs widens *whole* 16-bit arrays to slice or update them:
+    """16-bit floats as integers of the same bits.
 
-    a float32 copy of the unembedding, and a pass over all of its gradient per block.
+    XLA on CPUs slices and updates bfloat16 by way of float32 copies of the *whole* array: one of
+    the unembedding, and a pass over all of its gradient for each block. Integers are spared that.
     """
     return lax.bitcast_convert_type(x, jnp.uint16)
 

@@ -91,7 +91,7 @@ def make_mesh(
 
     Args:
       spec: text for `parse_mesh`, sizes by axis, or None; where no axis is named, `data=-1`: every
-        device along `data`. Other axes not named have size 1, so that any rule set applies to any mesh.
+        device along `data`. Other axes not named have size 1, so that any rules fit any mesh.
       devices: default: all devices of all processes.
 
     Returns:

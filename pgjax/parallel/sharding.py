@@ -179,8 +179,27 @@ def batch_sharding(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
 
 
 def shard(tree: Any, shardings: Any) -> Any:
-    """The tree's arrays, put where `shardings` (one for all, or a tree of them) says."""
-    return jax.device_put(tree, shardings)
+    """The tree's arrays, put where `shardings` says.
+
+    Args:
+      tree: arrays of JAX or NumPy, PRNG keys included. Where a sharding spans several processes,
+        each process gives the whole array, with the same values.
+      shardings: one sharding for all leaves, or a tree of them like `tree`.
+    """
+    if isinstance(shardings, Sharding):
+        return jax.tree_util.tree_map(lambda leaf: _put(leaf, shardings), tree)
+    return jax.tree_util.tree_map(_put, tree, shardings)
+
+
+def _put(leaf: Any, sharding: Sharding) -> jax.Array:
+    if sharding.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
+        return jax.device_put(leaf, sharding)
+    if jax.dtypes.issubdtype(jax.dtypes.result_type(leaf), jax.dtypes.prng_key):
+        # The data's own dimension comes last, so the key's partition fits it too.
+        data = _put(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def shardings_like(tree: Any, params: Any, shardings: Any = None) -> Any:

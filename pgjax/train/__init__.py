@@ -1,23 +1,28 @@
 """From an objective and an optimizer to a training run: state, update, loop, checkpoints, metrics."""
 
 from pgjax.train import checkpoints, metrics
-from pgjax.train.evaluation import evaluate_text
+from pgjax.train.evaluation import accuracy_by_level, evaluate_text
 from pgjax.train.loop import Interrupted, fit
 from pgjax.train.outputs import OutputsFunction, language_model_outputs
 from pgjax.train.rollouts import to_rollout
-from pgjax.train.state import TrainState, init
+from pgjax.train.state import TrainState, init, shardings
+from pgjax.train.text import host_reward, make_text_step
 from pgjax.train.update import make_update
 
 __all__ = [
     "Interrupted",
     "OutputsFunction",
     "TrainState",
+    "accuracy_by_level",
     "checkpoints",
     "evaluate_text",
     "fit",
+    "host_reward",
     "init",
     "language_model_outputs",
+    "make_text_step",
     "make_update",
     "metrics",
+    "shardings",
     "to_rollout",
 ]

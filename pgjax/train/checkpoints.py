@@ -25,6 +25,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from pgjax.parallel.sharding import shard
+
 _Tree = TypeVar("_Tree")
 
 _FORMAT = 1
@@ -153,12 +155,12 @@ def _as_like(restored: Any, like: Any, saved: _Leaf) -> Any:
     """The restored value in the form and place of `like`."""
     if _is_key(like):
         key = jax.random.wrap_key_data(jax.numpy.array(restored), impl=saved.implementation)
-        return jax.device_put(key, like.sharding) if _committed(like) else key
+        return shard(key, like.sharding) if _committed(like) else key
     if isinstance(like, jax.Array | jax.ShapeDtypeStruct):
         # `array` copies: a buffer shared with NumPy could not be donated.
         if not _committed(like):
             return jax.numpy.array(restored, dtype=like.dtype)
-        return jax.device_put(restored, like.sharding)  # there already, unless it is empty
+        return shard(restored, like.sharding)  # it is there already, unless it is empty
     if isinstance(like, np.ndarray):
         return np.asarray(restored)
     if isinstance(like, np.generic):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from pgjax import parallel
 from pgjax.types import _Replaceable, pytree_dataclass
 
 
@@ -33,13 +34,23 @@ class TrainState(_Replaceable):
 def init(
     params: Any, optimizer: optax.GradientTransformation, key: PRNGKeyArray
 ) -> TrainState:
-    """A fresh state at step 0.
+    """A fresh state at step 0, every array placed as the parameters are.
 
     Args:
       params: pytree of arrays, used as given, not copied (an update donates them).
       optimizer: any Optax transformation.
       key: from `jax.random.key`.
+
+    Returns:
+      the state; optimizer state that mirrors a parameter has its sharding, all else is replicated
+      over the parameters' mesh.
     """
-    # Under jit so that optimizer state follows the sharding of the parameters.
-    opt_state = jax.jit(optimizer.init)(params)
-    return TrainState(params=params, opt_state=opt_state, step=jnp.int32(0), key=key)
+    state = TrainState(
+        params=params, opt_state=jax.jit(optimizer.init)(params), step=jnp.int32(0), key=key
+    )
+    return parallel.shard_like(state, params)
+
+
+def shardings(state: TrainState) -> TrainState:
+    """Where each array of a state lies: what `make_update` takes as `state_shardings`."""
+    return jax.tree.map(lambda x: x.sharding, state)

@@ -59,6 +59,7 @@ def make_update(
     num_epochs: int = 1,
     num_minibatches: int = 1,
     num_microbatches: int = 1,
+    state_shardings: TrainState | None = None,
 ) -> Update:
     """A jitted `update(state, rollout, reference_params=None) -> (state, metrics)`.
 
@@ -74,6 +75,9 @@ def make_update(
       num_epochs: passes over the batch.
       num_minibatches: optimizer steps a pass.
       num_microbatches: parts of a minibatch that are in memory one after the other.
+      state_shardings: where the new state is to lie, from `train.shardings(state)`; None leaves it
+        to the compiler, which may choose another layout than the old state's and so compile again
+        at the second call.
 
     Returns:
       the update. Its metrics are f32 scalars: the objective's diagnostics (means over the optimizer
@@ -180,7 +184,9 @@ def make_update(
         whole = {"groups_without_signal": groups_without_signal(prepared)}
         return state, batch_metrics | metrics | whole
 
-    return jax.jit(update, donate_argnums=0)
+    if state_shardings is None:
+        return jax.jit(update, donate_argnums=0)
+    return jax.jit(update, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
 _REDUCE = {"ratio_min": jnp.min, "ratio_max": jnp.max}
