@@ -13,7 +13,6 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -282,7 +281,9 @@ def make_objective(config: Config) -> pg.Objective:
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Clipping by global norm, then the named optimizer with a linearly warmed-up rate."""
     rl = config.rl
-    rate = optax.linear_schedule(rl.learning_rate / rl.warmup_steps, rl.learning_rate, rl.warmup_steps)
+    rate = optax.linear_schedule(
+        rl.learning_rate / rl.warmup_steps, rl.learning_rate, rl.warmup_steps
+    )
     optimizer = {
         "adam": lambda: optax.adam(rate, b1=0.9, b2=0.99),
         "adamw": lambda: optax.adamw(rate, b1=0.9, b2=0.99, weight_decay=rl.weight_decay),
@@ -411,8 +412,7 @@ def evaluation_batches(
     order = np.argsort(rows["levels"], kind="stable")
     size = max(d for d in range(1, 129) if len(order) % d == 0)
     return [
-        {name: values[part] for name, values in rows.items()}
-        for part in order.reshape(-1, size)
+        {name: values[part] for name, values in rows.items()} for part in order.reshape(-1, size)
     ]
 
 
@@ -734,37 +734,62 @@ def write_report(config: Config, result: Result) -> None:
         "jax": jax.__version__,
     }
     (result.directory / "results.json").write_text(json.dumps(content, indent=2) + "\n")
+    records = pg.train.metrics.read_metrics(result.directory)
 
+    def curve(phase: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+        rows = [r for r in records if r["phase"] == phase and name in r]
+        return np.array([r["step"] for r in rows]), np.array([r[name] for r in rows])
 
-def print_report(result: Result) -> None:
-    """The table a person reads at the end."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    table = Table(title="Held-out (test) accuracy, in %, with 95% intervals")
-    for name in ("level", "before", "after", "gain", "pass@k", "maj@k", "tokens"):
-        table.add_column(name, justify="right")
-    for level, b in result.before.items():
-        a = result.after[level]
-        table.add_row(
-            str(level),
-            f"{100 * b.average:.1f} [{100 * b.low:.1f}, {100 * b.high:.1f}]",
-            f"{100 * a.average:.1f} [{100 * a.low:.1f}, {100 * a.high:.1f}]",
-            f"{100 * (a.average - b.average):+.1f}",
-            f"{100 * b.pass_at_k:.1f} → {100 * a.pass_at_k:.1f}",
-            f"{100 * b.majority_at_k:.1f} → {100 * a.majority_at_k:.1f}",
-            f"{b.length:.1f} → {a.length:.1f}",
-        )
-    console.print(table)
-    console.print(
-        f"{result.tokens_per_second:,.0f} sampled tokens/s while learning; "
-        f"warm-up {result.seconds['warmup']:.0f} s, "
-        f"reinforcement {result.seconds['reinforcement']:.0f} s, "
-        f"in all {result.seconds['total']:.0f} s"
+    levels = config.evaluation.levels
+    panels: dict[str, dict[str, tuple[Any, Any]]] = {
+        "warm-up loss (nats per token)": {"loss": curve("warmup", "loss")},
+        "reward (training prompts)": {config.reward: curve("rl", "reward")},
+        "validation accuracy": {
+            f"level {n}": curve("rl_evaluation", f"accuracy/level {n}") for n in levels
+        },
+        "completion length (tokens)": {"training": curve("rl", "completion_length")},
+        "entropy (nats per token)": {"policy": curve("rl", "entropy")},
+        "groups without signal": {"share": curve("rl", "groups_without_signal")},
+    }
+    pg.train.metrics.plot_curves(
+        {title: lines for title, lines in panels.items() if all(len(x) for x, _ in lines.values())},
+        result.directory / "curves.png",
+        title=f"{config.objective} on RandomCalculation, {config.data_preset}, seed {config.seed}",
+        smooth=10,
     )
-    for name in sorted(p.name for p in result.directory.iterdir()):
-        console.print(f"  {result.directory / name}", highlight=False)
+
+
+def print_report(config: Config, result: Result) -> None:
+    """The table a person reads at the end, and where everything lies."""
+    import rich
+
+    def with_interval(a: evaluation.Accuracy) -> str:
+        return f"{100 * a.average:.1f} [{100 * a.low:.1f}, {100 * a.high:.1f}]"
+
+    k = config.evaluation.samples
+    rows = [
+        {
+            "level": level,
+            f"before: avg@{k} [95%]": with_interval(before),
+            "after": with_interval(after),
+            "gain": f"{100 * (after.average - before.average):+.1f}",
+            f"pass@{k}": f"{100 * before.pass_at_k:.1f} → {100 * after.pass_at_k:.1f}",
+            f"maj@{k}": f"{100 * before.majority_at_k:.1f} → {100 * after.majority_at_k:.1f}",
+            "tokens": f"{before.length:.1f} → {after.length:.1f}",
+        }
+        for level, before in result.before.items()
+        for after in [result.after[level]]
+    ]
+    title = "Accuracy in % on held-out (test) problems, before and after the reinforcement"
+    rich.print(pg.train.metrics.summary_table(rows, title=title))
+    seconds = result.seconds
+    rich.print(
+        f"{result.tokens_per_second:,.0f} sampled tokens/s in the reinforcement; "
+        f"warm-up {seconds['warmup']:.0f} s, reinforcement {seconds['reinforcement']:.0f} s, "
+        f"in all {seconds['total']:.0f} s"
+    )
+    for path in sorted(result.directory.iterdir()):
+        print(f"  {path}{'/' if path.is_dir() else ''}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -777,7 +802,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print_report(result)
+    print_report(config, result)
     return 0
 
 

@@ -78,13 +78,15 @@ def is_concrete(*arrays: Any) -> bool:
 
 
 def segment_ids(name: str, ids: Any, num_segments: int) -> None:
-    """Raises ValueError on a wrong rank, dtype or count, and on concrete ids outside [0, num_segments)."""
+    """Raises ValueError on a wrong rank, dtype or count, and on concrete ids out of range."""
     rank(name, ids, 1)
     integer(**{name: ids})
     if num_segments < 1:
         raise ValueError(f"number of segments for {name}: expected at least 1, got {num_segments}")
-    if is_concrete(ids) and np.size(ids):
-        low, high = int(np.min(ids)), int(np.max(ids))
+    # Arrays spread over processes cannot be looked at from one of them.
+    if is_concrete(ids) and np.size(ids) and getattr(ids, "is_fully_addressable", True):
+        values = np.asarray(ids)
+        low, high = int(values.min()), int(values.max())
         if low < 0 or high >= num_segments:
             raise ValueError(
                 f"{name}: expected ids in [0, {num_segments}), got values in [{low}, {high}]"

@@ -7,7 +7,7 @@ A token's log-prob is stored at the token's own index; positions where `mask` is
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 from jaxtyping import Array, Bool, Float, Int
@@ -15,9 +15,10 @@ from jaxtyping import Array, Bool, Float, Int
 T_ = TypeVar("T_")
 
 
+@dataclass_transform(kw_only_default=True, frozen_default=True)
 def pytree_dataclass(cls: type[T_]) -> type[T_]:
     """A frozen, keyword-only dataclass whose fields are all pytree children; adds `replace`."""
-    cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)  # type: ignore[assignment]
+    cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
     jax.tree_util.register_dataclass(
         cls,
         data_fields=[f.name for f in dataclasses.fields(cls)],  # type: ignore[arg-type]
@@ -34,7 +35,7 @@ class _Replaceable:
 
 @pytree_dataclass
 class Rollout(_Replaceable):
-    """A batch of sampled sequences and what is known of them. Optional fields are None until filled.
+    """A batch of sampled sequences and what is known of them; None where not known yet.
 
     Attributes:
       tokens: prompt and completion, right-padded.

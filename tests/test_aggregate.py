@@ -48,7 +48,7 @@ numbers = hnp.arrays(np.float64, (B, T), elements=st.floats(-100, 100))
 masks = hnp.arrays(bool, (B, T))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(numbers, masks, st.permutations(range(B)))
 def test_against_loops_in_any_order(x, mask, order):
     order = np.array(order)
@@ -294,14 +294,14 @@ EIGHT_DEVICES = textwrap.dedent(
             specs = {"in_specs": (P(), P("data"), P("data")), "check_vma": checked}
             compare(f"shard_map {checked}",
                     *jax.jit(mapped(local, out_specs=P(), **specs))(w, X, M))
-            whole = mapped(lambda w, x, m: jax.lax.psum(loss(w, x, m, axis_name="data"), "data"),
-                           out_specs=P(), **specs)
-            compare(f"outside {checked}", *jax.jit(jax.value_and_grad(whole))(w, X, M))
             part = functools.partial(aggregate.weights,
                                      functools.partial(f, axis_name="data"))
             got = jax.jit(mapped(part, in_specs=P("data"), out_specs=P("data"),
                                  check_vma=checked))(M)
             off[f"weights {checked}"] = float(np.max(np.abs(got - weights)))
+        whole = mapped(lambda w, x, m: jax.lax.psum(loss(w, x, m, axis_name="data"), "data"),
+                       in_specs=(P(), P("data"), P("data")), out_specs=P())
+        compare("differentiated outside", *jax.jit(jax.value_and_grad(whole))(w, X, M))
         pmapped = jax.pmap(
             lambda w, x, m: jax.lax.psum(step(w, x, m, axis_name="d"), "d"),
             axis_name="d", in_axes=(None, 0, 0))
@@ -335,6 +335,6 @@ def test_eight_devices():
     assert set(result) == set(REDUCTIONS)
     for name, found in result.items():
         assert found["scale"] > 1e-3
-        assert len(found["off"]) == 8
+        assert len(found["off"]) == 7
         for how, error in found["off"].items():
             assert error < 5e-7, (name, how, error)

@@ -106,7 +106,7 @@ def token_weights(name, mask):
 
 @pytest.fixture
 def batch():
-    """Two groups with signal, one of unequal size, one without; off-policy, ragged, one row empty."""
+    """Three groups of unequal size, one without signal; off-policy, ragged, one row empty."""
     rng = np.random.default_rng(3)
     ids = np.array([7, -4, 7, 100, 7, -4, 100, 100, -4, 100])
     rewards = np.array([1.0, 0.0, 0.0, 2.0, 1.0, 3.0, 2.0, 2.0, 1.0, 2.0])

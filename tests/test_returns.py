@@ -170,8 +170,8 @@ CASES = {
     "retrace": ({"lambda_": 0.8}, retrace_by_sums),
 }
 every_case = pytest.mark.parametrize("name", CASES)
-close64 = dict(rtol=1e-10, atol=1e-12)
-close32 = dict(rtol=2e-5, atol=2e-6)
+close64 = {"rtol": 1e-10, "atol": 1e-12}
+close32 = {"rtol": 2e-5, "atol": 2e-6}
 
 
 @pytest.fixture
@@ -184,34 +184,34 @@ def x64():
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("shape", [(1,), (2, 1), (7,), (3, 16), (2, 3, 33)])
+@pytest.mark.parametrize("shape", [(1,), (7,), (2, 3, 33)])
 def test_both_recurrences_are_the_loop(x64, shape, reverse):
     rng = np.random.default_rng(len(shape))
     a, b, initial = rng.normal(size=shape), rng.normal(size=shape), rng.normal(size=shape[:-1])
     for start in (None, 0.7, initial):
         expected = by_loop(a, b, np.zeros(shape[:-1]) if start is None else start, reverse)
         for f in (returns.linear_recurrence, returns.linear_recurrence_sequential):
-            got = f(a, b, initial=start, reverse=reverse)
+            got = jax.jit(f, static_argnames="reverse")(a, b, initial=start, reverse=reverse)
             assert got.dtype == jnp.float64
             np.testing.assert_allclose(got, expected, **close64)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6, 7, 8, 13, 16])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 13])
 @pytest.mark.parametrize("rounds", [1, 2, 3])
 def test_merged_neighbours_are_the_loop(x64, steps, rounds):
     rng = np.random.default_rng(steps)
     a, b, start = rng.normal(size=(2, steps)), rng.normal(size=(2, steps)), rng.normal(size=2)
-    got = returns._halved(jnp.asarray(a), jnp.asarray(b), jnp.asarray(start), rounds)
+    got = jax.jit(returns._halved, static_argnums=3)(a, b, start, rounds)
     np.testing.assert_allclose(got, by_loop(a, b, start, True), **close64)
 
 
-@pytest.mark.parametrize("shape", [(4, 8), (4, 64), (2**11, 65)])
+@pytest.mark.parametrize("shape", [(4, 8), (4, 64), (2**10, 65)])
 @pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
 def test_every_choice_of_form_is_the_loop(monkeypatch, shape, backend):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     rng = np.random.default_rng(0)
     a, b = rng.uniform(0, 1, shape), rng.normal(size=shape)
-    got = returns._backward(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
+    got = jax.jit(lambda a, b: returns._backward(a, b))(np.float32(a), np.float32(b))
     np.testing.assert_allclose(got, by_loop(a, b, 0.0, True), **close32)
 
 
@@ -219,7 +219,7 @@ def test_every_choice_of_form_is_the_loop(monkeypatch, shape, backend):
 
 
 @every_case
-@pytest.mark.parametrize("shape", [(11,), (3, 11), (2, 2, 6), (4, 1)])
+@pytest.mark.parametrize("shape", [(11,), (2, 2, 6), (4, 1)])
 def test_definition_with_terminations_truncations_and_masks(x64, name, shape):
     options, reference = CASES[name]
     for seed in range(3):
@@ -230,25 +230,20 @@ def test_definition_with_terminations_truncations_and_masks(x64, name, shape):
 
 
 @every_case
-@pytest.mark.parametrize("steps", [40, 2051])
-def test_definition_by_the_accelerator_path_and_for_large_arrays(monkeypatch, name, steps):
+@pytest.mark.parametrize(
+    "form", [returns._associative, returns._halved], ids=["associative", "halved"]
+)
+def test_definition_by_every_form_of_the_recurrence(monkeypatch, name, form):
+    def backward(a, b, start=None):
+        start = jnp.zeros(a.shape[:-1], a.dtype) if start is None else start
+        return form(a, b, start, True)  # True: reversed, or one round of merging
+
+    monkeypatch.setattr(returns, "_backward", backward)
     options, reference = CASES[name]
-    shape = (3, 40) if steps == 40 else (65, 2051)
-    if steps == 40:
-        monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    d = make(1, shape)
+    d = make(1)
     got = call(name, d, **options)
     assert got.dtype == jnp.float32
-    rows = slice(0, 1 if steps > 100 else None)
-    first = {k: x[rows] for k, x in d.items()}
-    if steps > 100:  # the sums are quadratic: a few records are enough
-        cut = 150
-        first["truncated"][:, cut] = True
-        first["mask"][:, cut] = True
-        got = call(name, d, **options)  # the truncation was written into `d` through the view
-        first = {k: x[:, : cut + 1] for k, x in first.items()}
-        got = got[:, : cut + 1]
-    np.testing.assert_allclose(got[rows], reference(first, **options), **close32)
+    np.testing.assert_allclose(got, reference(d, **options), **close32)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +256,7 @@ def test_lambda_may_vary_over_time(x64, name):
     np.testing.assert_allclose(call(name, d, **options), reference(d, **options), **close64)
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 5, 7, 10, 11, 12, 1000])
+@pytest.mark.parametrize("n", [1, 2, 5, 7, 11, 1000])
 def test_n_step_for_every_window(x64, n):
     d = make(2)
     np.testing.assert_allclose(call("n_step", d, n=n), n_step_by_sums(d, n=n), **close64)
@@ -358,7 +353,7 @@ def consistent(seed, steps=12):
     return {k: x if x.dtype == bool else x.astype(np.float32) for k, x in d.items()}, final
 
 
-@pytest.mark.parametrize("lambda_", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("lambda_", [0.7, 1.0])
 def test_rlax_agrees(lambda_):
     d, final = consistent(0)
     r, g, v, w = (jnp.asarray(d[k]) for k in ("rewards", "discounts", "values", "ratios"))
@@ -553,9 +548,10 @@ def test_garbage_behind_the_mask_reaches_no_value_and_no_gradient(name, kept):
         return jnp.sum(weight * call(name, {**d, **arrays}, **{**options, **lam}))
 
     lam = jnp.full((3, 10), 0.8, jnp.float32)
-    value, grads = jax.value_and_grad(loss)({**clean, "lambda_": lam})
+    gradient = jax.jit(jax.value_and_grad(loss))
+    value, grads = gradient({**clean, "lambda_": lam})
     dirty_lam = jnp.where(d["mask"], lam, jnp.nan)
-    value_, grads_ = jax.value_and_grad(loss)({**dirty, "lambda_": dirty_lam})
+    value_, grads_ = gradient({**dirty, "lambda_": dirty_lam})
     assert value == value_ and np.isfinite(value)
     for k in grads:
         np.testing.assert_array_equal(grads[k], grads_[k])
@@ -623,7 +619,7 @@ def test_jit_and_vmap_are_the_plain_call(name):
     np.testing.assert_allclose(
         jax.jit(lambda d: call(name, d, **options))(d), plain, rtol=1e-6, atol=1e-6
     )
-    mapped = jax.vmap(jax.vmap(lambda d: call(name, d, **options)))(d)
+    mapped = jax.jit(jax.vmap(jax.vmap(lambda d: call(name, d, **options))))(d)
     np.testing.assert_allclose(mapped, plain, rtol=1e-6, atol=1e-6)
 
 
@@ -641,6 +637,7 @@ def test_gradients_are_the_finite_differences(x64, name):
     d = make(0, (2, 6))
     names = [k for k, x in d.items() if x.dtype != bool]
 
+    @jax.jit
     def f(arrays):
         return call(name, {**d, **arrays}, **options)
 

@@ -1,4 +1,4 @@
-"""Surrogates and trust-region masks against formulas written out in NumPy, and against `unified`."""
+"""Surrogates and masks against formulas written out in NumPy, and against `unified`."""
 
 import jax
 import jax.numpy as jnp
@@ -135,9 +135,7 @@ def _instances(logprobs, behavior, advantages, mask):
             dapo,
         ),
         "dual_clipped": (
-            lambda lp: surrogates.dual_clipped(
-                ratio(lp), advantages, low=0.2, high=0.2, bound=1.5
-            ),
+            lambda lp: surrogates.dual_clipped(ratio(lp), advantages, low=0.2, high=0.2, bound=1.5),
             behavior,
             dual,
         ),
@@ -299,9 +297,7 @@ def test_mismatch_masks():
         masks.geometric_mismatch(skewed, sampler, mask), [[False] * 3, [True] * 3]
     )
     full = jnp.ones((2, 3), bool)
-    np.testing.assert_array_equal(
-        masks.veto(learner, sampler, full), [[True] * 3, [False] * 3]
-    )
+    np.testing.assert_array_equal(masks.veto(learner, sampler, full), [[True] * 3, [False] * 3])
     np.testing.assert_array_equal(masks.veto(learner, sampler, mask), np.ones((2, 3), bool))
 
 
@@ -314,9 +310,7 @@ def test_selection_masks():
     np.testing.assert_array_equal(
         masks.finite_rewards(jnp.array([[0.0, jnp.inf], [1.0, 2.0]])), [False, True]
     )
-    np.testing.assert_array_equal(
-        masks.overlong_filter(jnp.array([True, False])), [False, True]
-    )
+    np.testing.assert_array_equal(masks.overlong_filter(jnp.array([True, False])), [False, True])
 
 
 def test_value_losses():
@@ -351,7 +345,10 @@ def test_clip_mask_is_where_the_minimum_moves(ratio, advantage, low, high):
     [
         (lambda: surrogates.clipped(jnp.ones((2, 3)), jnp.ones(2), low=1.5, high=0.2), "low"),
         (lambda: surrogates.clipped(jnp.ones((2, 3)), jnp.ones(2), low=0.2, high=-1.0), "high"),
-        (lambda: surrogates.clipped(jnp.ones((2, 3)), jnp.ones(4), low=0.2, high=0.2), "advantages"),
+        (
+            lambda: surrogates.clipped(jnp.ones((2, 3)), jnp.ones(4), low=0.2, high=0.2),
+            "advantages",
+        ),
         (
             lambda: surrogates.clipped(jnp.ones((2, 3)), jnp.ones(2, int), low=0.2, high=0.2),
             "advantages",
@@ -368,9 +365,7 @@ def test_clip_mask_is_where_the_minimum_moves(ratio, advantage, low, high):
         ),
         (lambda: surrogates.importance_ratio(jnp.ones((2, 3), int), jnp.ones((2, 3))), "logprobs"),
         (
-            lambda: surrogates.sequence_ratio(
-                jnp.ones((2, 3)), jnp.ones((2, 3)), jnp.ones((2, 3))
-            ),
+            lambda: surrogates.sequence_ratio(jnp.ones((2, 3)), jnp.ones((2, 3)), jnp.ones((2, 3))),
             "mask",
         ),
         (

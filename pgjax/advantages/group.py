@@ -112,7 +112,7 @@ def leave_one_out(
     x, finite, counted = _prepared(rewards, group_ids, num_groups, where)
     options: dict[str, Any] = {"num_segments": num_groups, "where": counted}
     deviation = segments.deviations(x, group_ids, **options)
-    n = segments.per_row(segments.count(group_ids, **options), group_ids)
+    n = segments.per_row(segments.count(group_ids, **options).astype(x.dtype), group_ids)
     advantage = jnp.where(n <= 1, x, n / jnp.maximum(n - 1, 1) * deviation)
     return jnp.where(finite, advantage, 0.0)
 

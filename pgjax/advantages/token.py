@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pgjax import _checks
+from pgjax import _checks, returns
 from pgjax.advantages import _common
 
 
@@ -74,7 +73,7 @@ def kl_shaped_returns(
       on the mask makes the returns up to its token non-finite; `token_whiten` leaves those out.
 
     Raises:
-      ValueError: wrong rank, dtype or unequal shapes; `beta` or `gamma` out of range.
+      ValueError: wrong rank, dtype or unequal shapes; T = 0; `beta` or `gamma` out of range.
 
     Source: REINFORCE++, Hu et al. 2025, arXiv 2501.03262.
     """
@@ -86,14 +85,8 @@ def kl_shaped_returns(
     steps = mask & jnp.isfinite(rewards)[:, None]
     dtype = jnp.promote_types(jnp.result_type(logprobs, reference_logprobs), last.dtype)
     log_ratio = jnp.asarray(logprobs).astype(dtype) - jnp.asarray(reference_logprobs).astype(dtype)
-    shaped = jnp.where(steps, last - beta * jnp.where(steps, log_ratio, 0.0), 0.0)
-    decay = jnp.where(steps, jnp.asarray(gamma, dtype), jnp.ones((), dtype))
-
-    def compose(after: tuple[Array, Array], before: tuple[Array, Array]) -> tuple[Array, Array]:
-        return after[0] * before[0], before[1] + before[0] * after[1]
-
-    _, to_go = jax.lax.associative_scan(compose, (decay, shaped), reverse=True, axis=1)
-    return jnp.where(steps, to_go, 0.0)
+    shaped = last - beta * jnp.where(steps, log_ratio, 0.0)
+    return returns.discounted(shaped, jnp.full(mask.shape, gamma, dtype), mask=steps)
 
 
 def token_whiten(

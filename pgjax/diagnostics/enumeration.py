@@ -30,7 +30,7 @@ def all_draws(num_prompts: int, num_actions: int, group_size: int) -> Int[np.nda
     count = num_actions**size
     if count > MAX_DRAWS:
         raise ValueError(
-            f"num_actions^(num_prompts * group_size): expected at most {MAX_DRAWS} batches, got {count}"
+            f"num_actions^(num_prompts * group_size): expected at most {MAX_DRAWS}, got {count}"
         )
     return np.array(list(itertools.product(range(num_actions), repeat=size)), np.int32)
 
@@ -98,7 +98,8 @@ def expected_gradient(
     _checks.rank("logits", logits, 2)
     _checks.same_shape(logits=logits, rewards=rewards, behavior_logits=behavior_logits)
     behavior = logits if behavior_logits is None else behavior_logits
-    draws = jnp.asarray(all_draws(*logits.shape, group_size))
+    num_prompts, num_actions = logits.shape
+    draws = jnp.asarray(all_draws(num_prompts, num_actions, group_size))
     prompts = jnp.repeat(jnp.arange(logits.shape[0]), group_size)
 
     def gradient(actions: Array) -> Array:

@@ -8,8 +8,8 @@ from pgjax import _checks
 
 
 def ppo_clip(
-    ratio: Float[Array, "..."], advantages: Float[Array, "..."], *, low: float, high: float
-) -> Bool[Array, "..."]:
+    ratio: Float[Array, ...], advantages: Float[Array, ...], *, low: float, high: float
+) -> Bool[Array, ...]:
     """True where PPO's clipped surrogate keeps its gradient.
 
     `(A >= 0 and r <= 1 + high) or (A < 0 and r >= 1 - low)`.
@@ -36,13 +36,13 @@ def ppo_clip(
 
 
 def dual_clip(
-    ratio: Float[Array, "..."],
-    advantages: Float[Array, "..."],
+    ratio: Float[Array, ...],
+    advantages: Float[Array, ...],
     *,
     low: float,
     high: float,
     bound: float = 3.0,
-) -> Bool[Array, "..."]:
+) -> Bool[Array, ...]:
     """True where the dual-clipped surrogate keeps its gradient.
 
     `ppo_clip(r, A) and not (A < 0 and r > bound)`.

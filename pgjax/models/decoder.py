@@ -166,7 +166,7 @@ class FunctionalDecoder:
         Raises:
           ValueError: wrong rank or dtype of `tokens`, or rows longer than `max_length`.
         """
-        self._check_tokens("tokens", tokens)
+        self._check_rows(tokens)
         return self._merge(params)(tokens)
 
     def unembedding(self, params: Params) -> Float[Array, "H V"]:
@@ -206,7 +206,7 @@ class FunctionalDecoder:
           the hidden state of each prompt's last real token (it predicts the first new token), and
           the prompts' keys and values.
         """
-        self._check_tokens("tokens", tokens)
+        self._check_rows(tokens)
         _checks.integer(lengths=lengths)
         if jnp.shape(lengths) != (tokens.shape[0],):
             raise ValueError(
@@ -234,7 +234,8 @@ class FunctionalDecoder:
         Returns:
           the tokens' hidden states, and the cache with slot `step` filled.
         """
-        self._check_tokens("tokens", tokens)
+        _checks.rank("tokens", tokens, 2)
+        _checks.integer(tokens=tokens)
         return self._merge(params).decode_step(tokens, prefix, completion, step)
 
     def logical_axes(self) -> Params:
@@ -242,22 +243,23 @@ class FunctionalDecoder:
         _, state = _skeleton(self.config)
         tree: Params = {}
         for path, param in nnx.to_flat_state(state):
+            *branches, leaf = map(str, path)
             branch = tree
-            for name in path[:-1]:
+            for name in branches:
                 branch = branch.setdefault(name, {})
             axes = param.get_metadata("axes")
-            branch[path[-1]] = ("layers", *axes) if path[0] == "layers" else axes
+            branch[leaf] = ("layers", *axes) if path[0] == "layers" else axes
         return tree
 
     def _merge(self, params: Params) -> Decoder:
         return nnx.merge(_skeleton(self.config)[0], params)
 
-    def _check_tokens(self, name: str, tokens: Any) -> None:
-        _checks.rank(name, tokens, 2)
-        _checks.integer(**{name: tokens})
+    def _check_rows(self, tokens: Any) -> None:
+        _checks.rank("tokens", tokens, 2)
+        _checks.integer(tokens=tokens)
         if tokens.shape[1] > self.config.max_length:
             raise ValueError(
-                f"{name}: expected rows of at most max_length {self.config.max_length} tokens, "
+                f"tokens: expected rows of at most max_length {self.config.max_length} tokens, "
                 f"got shape {tokens.shape}"
             )
 

@@ -51,14 +51,15 @@ class Attention(nnx.Module):
         hidden, heads, dim = config.hidden_size, config.num_heads, config.head_dim
         kv_heads = config.num_kv_heads
         self.config = config
-        for name, axis, count in (
-            ("query", "heads", heads),
-            ("key", "kv_heads", kv_heads),
-            ("value", "kv_heads", kv_heads),
-        ):
-            axes = ("embed", axis, "head_dim")
-            param = kernel(config, rngs, (hidden, count, dim), axes, fan_in=hidden)
-            setattr(self, name, param)
+        self.query = kernel(
+            config, rngs, (hidden, heads, dim), ("embed", "heads", "head_dim"), fan_in=hidden
+        )
+        self.key = kernel(
+            config, rngs, (hidden, kv_heads, dim), ("embed", "kv_heads", "head_dim"), fan_in=hidden
+        )
+        self.value = kernel(
+            config, rngs, (hidden, kv_heads, dim), ("embed", "kv_heads", "head_dim"), fan_in=hidden
+        )
         self.output = kernel(
             config,
             rngs,

@@ -126,7 +126,7 @@ class Objective:
     def per_token(self, outputs: PolicyOutputs, rollout: Rollout) -> Float[Array, "B T"]:
         """Surrogate plus weighted regularizers, `f32[B, T]`, not yet aggregated."""
         if rollout.advantages is None:
-            raise ValueError("rollout.advantages: expected advantages, got None; call prepare first")
+            raise ValueError("rollout.advantages: got None; call prepare first")
         _checks.same_shape(mask=rollout.mask, logprobs=outputs.logprobs)
         self._check_present("outputs", outputs, OUTPUT_NEEDS)
         self._check_present("rollout", rollout, ROLLOUT_NEEDS)
@@ -264,4 +264,3 @@ def _check_rollout(rollout: Rollout) -> None:
         array = getattr(rollout, name)
         if array is not None and array.shape[0] != batch:
             raise ValueError(f"{name}: expected {batch} rows like tokens, got {array.shape[0]}")
-

@@ -46,6 +46,11 @@ def _by_group(function: Callable[..., Array], **options: float) -> Callable[[Rol
     return advantage
 
 
+def _advantages(rollout: Rollout) -> Array:
+    assert rollout.advantages is not None  # the objective has checked it
+    return rollout.advantages
+
+
 def _clipped(low: float, high: float) -> Callable[[PolicyOutputs, Rollout], Array]:
     """PPO's clipped surrogate on token ratios."""
     _checks.in_range("low", low, 0.0, 1.0)
@@ -53,13 +58,13 @@ def _clipped(low: float, high: float) -> Callable[[PolicyOutputs, Rollout], Arra
 
     def surrogate(outputs: PolicyOutputs, rollout: Rollout) -> Array:
         ratio = surrogates.importance_ratio(outputs.logprobs, rollout.behavior_logprobs)
-        return surrogates.clipped(ratio, rollout.advantages, low=low, high=high)
+        return surrogates.clipped(ratio, _advantages(rollout), low=low, high=high)
 
     return surrogate
 
 
 def _score_function(outputs: PolicyOutputs, rollout: Rollout) -> Array:
-    return surrogates.score_function(outputs.logprobs, rollout.advantages)
+    return surrogates.score_function(outputs.logprobs, _advantages(rollout))
 
 
 def _kl(coefficient: float) -> tuple[Regularizer, ...]:
@@ -344,10 +349,8 @@ def gspo(
     _checks.in_range("high", high, 0.0)
 
     def surrogate(outputs: PolicyOutputs, rollout: Rollout) -> Array:
-        ratio = surrogates.sequence_ratio(
-            outputs.logprobs, rollout.behavior_logprobs, rollout.mask
-        )
-        return surrogates.clipped(ratio, rollout.advantages, low=low, high=high)
+        ratio = surrogates.sequence_ratio(outputs.logprobs, rollout.behavior_logprobs, rollout.mask)
+        return surrogates.clipped(ratio, _advantages(rollout), low=low, high=high)
 
     return Objective(
         advantage=_by_group(advantages.group_normalize, epsilon=epsilon, ddof=ddof),
@@ -376,7 +379,7 @@ def cispo(
 
     def surrogate(outputs: PolicyOutputs, rollout: Rollout) -> Array:
         return surrogates.cispo(
-            outputs.logprobs, rollout.behavior_logprobs, rollout.advantages, low=low, high=high
+            outputs.logprobs, rollout.behavior_logprobs, _advantages(rollout), low=low, high=high
         )
 
     return Objective(

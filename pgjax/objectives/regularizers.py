@@ -14,9 +14,7 @@ from pgjax.types import PolicyOutputs, Rollout
 KLEstimator = Callable[[Float[Array, "B T"], Float[Array, "B T"]], Float[Array, "B T"]]
 
 
-def kl_to_reference(
-    coefficient: float, *, estimator: KLEstimator = logprobs.kl_k3
-) -> Regularizer:
+def kl_to_reference(coefficient: float, *, estimator: KLEstimator = logprobs.kl_k3) -> Regularizer:
     """`coefficient * KL(policy ‖ reference)`, estimated on the sampled tokens.
 
     Args:

@@ -304,13 +304,13 @@ def _check_arguments(
             f"decoder's max_length {limit}"
         )
     # Values are looked at on the host only: arrays on devices may be shared by many processes.
-    if isinstance(lengths, np.ndarray) and not (1 <= lengths.min() and lengths.max() <= width):
+    if isinstance(lengths, np.ndarray) and not (lengths.min() >= 1 and lengths.max() <= width):
         raise ValueError(
             f"prompt_lengths: expected values in [1, {width}], got values in "
             f"[{lengths.min()}, {lengths.max()}]"
         )
     vocab = decoder.config.vocab_size
-    if isinstance(prompts, np.ndarray) and not (0 <= prompts.min() and prompts.max() < vocab):
+    if isinstance(prompts, np.ndarray) and not (prompts.min() >= 0 and prompts.max() < vocab):
         raise ValueError(
             f"prompts: expected ids in [0, {vocab}), got values in "
             f"[{prompts.min()}, {prompts.max()}]"

@@ -17,8 +17,8 @@ LOG_RATIO_LIMIT = 20.0  # e^20 ≈ 4.9e8: far beyond any ratio worth learning fr
 
 
 def _broadcast_advantages(
-    advantages: Float[Array, "..."], like: Float[Array, "B T"]
-) -> Float[Array, "..."]:
+    advantages: Float[Array, ...], like: Float[Array, "B T"]
+) -> Float[Array, ...]:
     """Detached float advantages that broadcast against `like`; `[B]` counts as one per sequence."""
     _checks.floating(advantages=advantages)
     advantages = jax.lax.stop_gradient(jnp.asarray(advantages))
@@ -38,14 +38,14 @@ def _broadcast_advantages(
     return advantages
 
 
-def _exp_clamped(log_ratio: Float[Array, "..."]) -> Float[Array, "..."]:
+def _exp_clamped(log_ratio: Float[Array, ...]) -> Float[Array, ...]:
     """exp with its value held in e^±20 and its gradient equal to that value, never cut to 0."""
     frozen = jax.lax.stop_gradient(log_ratio)
     limited = jnp.clip(frozen, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return jnp.exp(limited + (log_ratio - frozen))
 
 
-def _float(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def _float(x: Float[Array, ...]) -> Float[Array, ...]:
     return jnp.asarray(x).astype(jnp.promote_types(jnp.result_type(x), jnp.float32))
 
 
@@ -106,7 +106,7 @@ def sequence_ratio(
 
 
 def score_function(
-    logprobs: Float[Array, "B T"], advantages: Float[Array, "..."]
+    logprobs: Float[Array, "B T"], advantages: Float[Array, ...]
 ) -> Float[Array, "B T"]:
     """REINFORCE: `-A log π`.
 
@@ -127,7 +127,7 @@ def score_function(
 
 
 def importance_weighted(
-    ratio: Float[Array, "B T"], advantages: Float[Array, "..."]
+    ratio: Float[Array, "B T"], advantages: Float[Array, ...]
 ) -> Float[Array, "B T"]:
     """The unclipped off-policy surrogate `-r A`.
 
@@ -148,7 +148,7 @@ def importance_weighted(
 
 
 def clipped(
-    ratio: Float[Array, "B T"], advantages: Float[Array, "..."], *, low: float, high: float
+    ratio: Float[Array, "B T"], advantages: Float[Array, ...], *, low: float, high: float
 ) -> Float[Array, "B T"]:
     """PPO's clipped surrogate `-min(r A, clip(r, 1 - low, 1 + high) A)`.
 
@@ -178,13 +178,13 @@ def clipped(
 
 def dual_clipped(
     ratio: Float[Array, "B T"],
-    advantages: Float[Array, "..."],
+    advantages: Float[Array, ...],
     *,
     low: float,
     high: float,
     bound: float = 3.0,
 ) -> Float[Array, "B T"]:
-    """PPO's clipped surrogate whose loss for a bad action is capped: `min(-bound A, L_clip)`, A < 0.
+    """PPO's clipped surrogate, capped for bad actions: `min(-bound A, L_clip)` where A < 0.
 
     Args:
       ratio: π/π_old, differentiable.
@@ -211,7 +211,7 @@ def dual_clipped(
 def cispo(
     logprobs: Float[Array, "B T"],
     behavior_logprobs: Float[Array, "B T"],
-    advantages: Float[Array, "..."],
+    advantages: Float[Array, ...],
     *,
     low: float = 1.0,
     high: float,
@@ -246,7 +246,7 @@ def cispo(
 def unified(
     logprobs: Float[Array, "B T"],
     denominator_logprobs: Float[Array, "B T"],
-    advantages: Float[Array, "..."],
+    advantages: Float[Array, ...],
     mask: Bool[Array, "B T"] | Float[Array, "B T"],
 ) -> Float[Array, "B T"]:
     """The one estimator: mask × 1/π_denominator × advantage × ∇π, as a loss.

@@ -44,7 +44,7 @@ def truncated_sequence_weights(
     *,
     cap: float = 2.0,
 ) -> Float[Array, "B T"]:
-    """`min(Π_t π_old/μ, cap)`, one weight for all tokens of a sequence; else as `truncated_weights`.
+    """`min(Π_t π_old/μ, cap)`, one weight a sequence; otherwise as `truncated_weights`.
 
     The product's logarithm is held within ±20.
     """

@@ -9,9 +9,7 @@ from jaxtyping import Array, Float
 from pgjax import _checks
 
 
-def value_error(
-    values: Float[Array, "B T"], targets: Float[Array, "B T"]
-) -> Float[Array, "B T"]:
+def value_error(values: Float[Array, "B T"], targets: Float[Array, "B T"]) -> Float[Array, "B T"]:
     """Half squared error `(V - target)² / 2`.
 
     Args:

@@ -1,4 +1,4 @@
-"""From an objective and an optimizer to a training run: state, update, loop, checkpoints, metrics."""
+"""From an objective and an optimizer to a run: state, update, loop, checkpoints, metrics."""
 
 from pgjax.train import checkpoints, metrics
 from pgjax.train.evaluation import accuracy_by_level, evaluate_text

@@ -93,8 +93,8 @@ def evaluate_text(
         )
         values, ok = answer(samples)
         device = jax.device_get((values, ok, samples.mask.sum(-1)))
-        values, ok, lengths = (np.reshape(x, (-1, num_samples)) for x in device)
-        columns.append((values, ok, batch["answers"], batch["levels"], lengths))
+        stated, given, lengths = (np.reshape(x, (-1, num_samples)) for x in device)
+        columns.append((stated, given, batch["answers"], batch["levels"], lengths))
     if not columns:
         raise ValueError("batches: expected at least one batch of prompts, got none")
     return Graded(*(np.concatenate([np.asarray(x) for x in c]) for c in zip(*columns, strict=True)))

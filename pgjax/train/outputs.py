@@ -30,8 +30,13 @@ def language_model_outputs(
 
     def outputs(params: Any, rollout: Rollout, needs: frozenset[str]) -> PolicyOutputs:
         hidden = decoder.apply(params["decoder"], rollout.tokens)
-        options = {"temperature": temperature, "soft_cap": decoder.config.logit_soft_cap}
+        options: dict[str, Any] = {
+            "temperature": temperature,
+            "soft_cap": decoder.config.logit_soft_cap,
+        }
         unembedding = decoder.unembedding(params["decoder"])
+        if decoder.config.tied_embeddings:  # the table as it lies in memory, not a transposed copy
+            unembedding, options["vocab_axis"] = params["decoder"]["embedding"], 0
         entropy = values = None
         if "entropy" in needs:
             token_logprobs, entropy = logprobs.from_hidden_with_entropy(
@@ -45,9 +50,7 @@ def language_model_outputs(
                     "params: this objective needs values, so a 'value_head' beside 'decoder'; "
                     f"got {sorted(params)}"
                 )
-            values = logprobs.shift_right(
-                models.value_head_apply(params["value_head"], hidden)
-            )
+            values = logprobs.shift_right(models.value_head_apply(params["value_head"], hidden))
         return PolicyOutputs(
             logprobs=logprobs.where_mask(token_logprobs, rollout.mask),
             entropy=None if entropy is None else logprobs.where_mask(entropy, rollout.mask),

@@ -31,9 +31,7 @@ class TrainState(_Replaceable):
     key: PRNGKeyArray
 
 
-def init(
-    params: Any, optimizer: optax.GradientTransformation, key: PRNGKeyArray
-) -> TrainState:
+def init(params: Any, optimizer: optax.GradientTransformation, key: PRNGKeyArray) -> TrainState:
     """A fresh state at step 0, every array placed as the parameters are.
 
     Args:

@@ -103,7 +103,9 @@ def make_update(
         changes: dict[str, Any] = {}
         if "reference_logprobs" in needs and rollout.reference_logprobs is None:
             if reference_params is None:
-                raise ValueError("reference_params: this objective needs a reference policy, got None")
+                raise ValueError(
+                    "reference_params: this objective needs a reference policy, got None"
+                )
             changes["reference_logprobs"] = _in_parts(
                 lambda r: outputs(reference_params, r, _LOGPROBS_ONLY).logprobs, rollout, parts
             )
