@@ -148,23 +148,25 @@ def _backward(a: Array, b: Array, start: Array | None = None) -> Array:
     """x_t = a_t x_{t+1} + b_t by whichever form suits the backend and the (static) shape.
 
     On a CPU the sequential form won or tied against the associative scan at every measured shape
-    (T 16 to 4096, batch 1 to 1024; 1 to 6 times faster), and from about 2^16 elements on two rounds
-    of merging neighbours spare it much of the memory traffic (1.3 to 3 times faster again). On an
-    accelerator a sequential step costs about one kernel launch whatever its size, so logarithmic
-    depth is chosen from T = 32 on; that bound is reasoned, not measured.
+    (T 16 to 4096, batch 1 to 1024; 1 to 6 times faster), and from about 2^16 elements on a few
+    rounds of merging neighbours spare it much of the memory traffic (up to 3 times faster again).
+    On an accelerator a sequential step costs about one kernel launch whatever its size, so
+    logarithmic depth is chosen from T = 32 on; that bound is reasoned, not measured.
     """
     if start is None:
         start = jnp.zeros(a.shape[:-1], a.dtype)
     if jax.default_backend() != "cpu":
         return (_associative if a.shape[-1] >= 32 else _sequential)(a, b, start, True)
     large = a.size >= 2**16 and a.shape[-1] >= 64
-    return _halved(a, b, start, rounds=2 if large else 0)
+    return _halved(a, b, start, rounds=3 if large else 0)
 
 
 # -------------------------------------------------------------------------- arguments and masks
 
 
-def _arrays(mask: Array | None = None, truncated: Array | None = None, **arrays: Array):
+def _arrays(
+    mask: Array | None = None, truncated: Array | None = None, **arrays: Array
+) -> list[Array]:
     """Checks the time-indexed arguments; casts them and zeroes what the mask leaves out."""
     name, first = next(iter(arrays.items()))
     if np.ndim(first) < 1 or np.shape(first)[-1] < 1:

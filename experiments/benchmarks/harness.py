@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -46,3 +47,36 @@ def paired_seconds(
 
 def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms"
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as aligned text; needs nothing but the standard library."""
+    header = ("what", "ours", "peer", "theirs", "ratio", "limit", "max |difference|")
+    lines = [header] + [
+        (
+            row.name,
+            row.ours,
+            row.peer,
+            row.theirs,
+            f"{row.ratio:.3g}",
+            "" if row.limit is None else f"{row.limit:g}",
+            "" if row.max_abs_error is None else f"{row.max_abs_error:.1e}",
+        )
+        for row in rows
+    ]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    text = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
+    return "\n".join([text[0], "-" * sum(widths, 2 * len(widths) - 2), *text[1:]])
+
+
+def to_json(rows: list[Row], device: str) -> str:
+    """The rows and what they were measured on."""
+    content = {
+        "device": device,
+        "jax": jax.__version__,
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+    return json.dumps(content, indent=2)

@@ -1,4 +1,7 @@
-"""GAE and V-trace against RLax, both jitted, on the same arrays."""
+"""GAE and V-trace against RLax, both jitted, on the same arrays.
+
+`python -m experiments.benchmarks.returns` prints the rows.
+"""
 
 from __future__ import annotations
 

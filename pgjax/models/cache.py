@@ -18,8 +18,8 @@ class PrefixCache:
       lengths: real tokens of each prompt.
     """
 
-    keys: Float[Array, "L P Tp kv_heads D"]
-    values: Float[Array, "L P Tp kv_heads D"]
+    keys: Float[Array, "L P kv_heads Tp D"]
+    values: Float[Array, "L P kv_heads Tp D"]
     lengths: Int[Array, " P"]
 
 
@@ -27,12 +27,15 @@ class PrefixCache:
 class CompletionCache:
     """The completions' keys and values; slot n is the same step of every sequence.
 
+    The samples' axis lies behind the heads', so that samples of one prompt meet its shared prefix
+    in one matrix product per prompt and head.
+
     Attributes:
       keys, values: slot n of sequence (p, g) holds position `lengths[p] + n`.
     """
 
-    keys: Float[Array, "L N P G kv_heads D"]
-    values: Float[Array, "L N P G kv_heads D"]
+    keys: Float[Array, "L P kv_heads G N D"]
+    values: Float[Array, "L P kv_heads G N D"]
 
 
 def empty_completion_cache(
@@ -41,8 +44,8 @@ def empty_completion_cache(
     """Zeros with room for `num_slots` tokens of each of `num_prompts · num_samples` sequences."""
     assert config.num_kv_heads is not None and config.head_dim is not None
     shape = (
-        *(config.num_layers, num_slots, num_prompts, num_samples),
-        *(config.num_kv_heads, config.head_dim),
+        *(config.num_layers, num_prompts, config.num_kv_heads),
+        *(num_samples, num_slots, config.head_dim),
     )
     return CompletionCache(
         keys=jnp.zeros(shape, config.dtype), values=jnp.zeros(shape, config.dtype)

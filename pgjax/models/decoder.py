@@ -53,6 +53,7 @@ class Decoder(nnx.Module):
 
         def layer(x: Array, state: Any) -> tuple[Array, None]:
             def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
+                key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
                 return functional.causal_attention(query, key, value), None
 
             return nnx.merge(graphdef, state)(x, rotary, attend)
@@ -71,6 +72,7 @@ class Decoder(nnx.Module):
 
         def layer(x: Array, state: Any) -> tuple[Array, tuple[Array, Array]]:
             def attend(query: Array, key: Array, value: Array) -> tuple[Array, Any]:
+                key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
                 return functional.causal_attention(query, key, value), (key, value)
 
             return nnx.merge(graphdef, state)(x, rotary, attend)
@@ -98,10 +100,12 @@ class Decoder(nnx.Module):
             x, keys, values = carry
             state, prefix_keys, prefix_values, index = scanned
 
+            def write(cache: Array, new: Array) -> Array:
+                new = new.swapaxes(1, 2)[None, :, :, :, None]  # [1, P, kv_heads, G, 1, D]
+                return jax.lax.dynamic_update_slice(cache, new, (index, 0, 0, 0, step, 0))
+
             def attend(query: Array, key: Array, value: Array) -> tuple[Array, Any]:
-                start = (index, step, 0, 0, 0, 0)
-                new_keys = jax.lax.dynamic_update_slice(keys, key[None, None], start)
-                new_values = jax.lax.dynamic_update_slice(values, value[None, None], start)
+                new_keys, new_values = write(keys, key), write(values, value)
                 attended = functional.cached_attention(
                     query,
                     prefix_keys,

@@ -83,15 +83,16 @@ def masked_softmax(
 
 def causal_attention(
     query: Float[Array, "B T heads D"],
-    key: Float[Array, "B T kv_heads D"],
-    value: Float[Array, "B T kv_heads D"],
+    key: Float[Array, "B kv_heads T D"],
+    value: Float[Array, "B kv_heads T D"],
 ) -> Float[Array, "B T heads D"]:
     """Grouped-query attention of each position over itself and those before it.
 
     Query head h reads key and value head `h // (heads / kv_heads)`; scores are divided by sqrt(D).
 
     Args:
-      query, key, value: projected, with rotation applied.
+      query: projected and rotated.
+      key, value: projected, keys rotated, heads in front of time.
 
     Returns:
       the attended values, in the dtype of `value`.
@@ -99,20 +100,20 @@ def causal_attention(
     Source: Ainslie et al., "GQA", 2023, arXiv:2305.13245.
     """
     batch, length, heads, dim = query.shape
-    grouped = query.reshape(batch, length, key.shape[2], -1, dim) * dim**-0.5
-    scores = jnp.einsum("btkrd,bskd->bkrts", grouped, key, preferred_element_type=jnp.float32)
+    grouped = query.reshape(batch, length, key.shape[1], -1, dim).transpose(0, 2, 3, 1, 4)
+    scores = _scores("bkrtd,bksd->bkrts", grouped * dim**-0.5, key)
     positions = jnp.arange(length)
     weights = masked_softmax(scores, attendable(positions[:, None], positions))
-    out = jnp.einsum("bkrts,bskd->btkrd", weights.astype(value.dtype), value)
-    return out.reshape(batch, length, heads, dim)
+    out = jnp.einsum("bkrts,bksd->bkrtd", weights.astype(value.dtype), value)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)
 
 
 def cached_attention(
     query: Float[Array, "P G heads D"],
-    prefix_key: Float[Array, "P Tp kv_heads D"],
-    prefix_value: Float[Array, "P Tp kv_heads D"],
-    key: Float[Array, "N P G kv_heads D"],
-    value: Float[Array, "N P G kv_heads D"],
+    prefix_key: Float[Array, "P kv_heads Tp D"],
+    prefix_value: Float[Array, "P kv_heads Tp D"],
+    key: Float[Array, "P kv_heads G N D"],
+    value: Float[Array, "P kv_heads G N D"],
     *,
     prefix_lengths: Int[Array, " P"],
     step: Int[Array, ""],
@@ -134,28 +135,35 @@ def cached_attention(
       the attended values, in the dtype of `value`.
     """
     prompts, samples, heads, dim = query.shape
-    prefix_size, slots = prefix_key.shape[1], key.shape[0]
-    grouped = query.reshape(prompts, samples, prefix_key.shape[2], -1, dim) * dim**-0.5
+    kv_heads, prefix_size = prefix_key.shape[1:3]
+    # Heads in front of samples, as in the caches: every product below is then a batch of plain
+    # matrix products, for which no cache has to be transposed.
+    grouped = query.reshape(prompts, samples, kv_heads, -1, dim).transpose(0, 2, 1, 3, 4)
+    grouped = grouped * dim**-0.5
     scores = jnp.concatenate(
         [
-            jnp.einsum(
-                "pgkrd,pskd->pgkrs", grouped, prefix_key, preferred_element_type=jnp.float32
-            ),
-            jnp.einsum("pgkrd,npgkd->pgkrn", grouped, key, preferred_element_type=jnp.float32),
+            _scores("pkgrd,pksd->pkgrs", grouped, prefix_key),
+            _scores("pkgrd,pkgnd->pkgrn", grouped, key),
         ],
         axis=-1,
     )
     lengths = prefix_lengths[:, None]
-    prefix_positions, offsets = jnp.arange(prefix_size), jnp.arange(slots)
-    visible = attendable(
-        lengths + step,
-        jnp.concatenate(
-            [jnp.broadcast_to(prefix_positions, (prompts, prefix_size)), lengths + offsets], axis=-1
-        ),
+    prefix_positions = jnp.arange(prefix_size)
+    completion_positions = lengths + jnp.arange(key.shape[3])
+    now = lengths + step
+    # Padding holds positions as well, which a causal mask alone would let through.
+    mask = jnp.concatenate(
+        [
+            attendable(now, prefix_positions) & (prefix_positions < lengths),
+            attendable(now, completion_positions),
+        ],
+        axis=-1,
     )
-    real = jnp.concatenate([prefix_positions < lengths, jnp.ones((prompts, slots), bool)], axis=-1)
-    weights = masked_softmax(scores, (visible & real)[:, None, None, None, :])
-    weights = weights.astype(value.dtype)
-    out = jnp.einsum("pgkrs,pskd->pgkrd", weights[..., :prefix_size], prefix_value)
-    out += jnp.einsum("pgkrn,npgkd->pgkrd", weights[..., prefix_size:], value)
-    return out.reshape(prompts, samples, heads, dim)
+    weights = masked_softmax(scores, mask[:, None, None, None]).astype(value.dtype)
+    out = jnp.einsum("pkgrs,pksd->pkgrd", weights[..., :prefix_size], prefix_value)
+    out += jnp.einsum("pkgrn,pkgnd->pkgrd", weights[..., prefix_size:], value)
+    return out.transpose(0, 2, 1, 3, 4).reshape(prompts, samples, heads, dim)
+
+
+def _scores(subscripts: str, query: Array, key: Array) -> Array:
+    return jnp.einsum(subscripts, query, key, preferred_element_type=jnp.float32)

@@ -1,0 +1,48 @@
+"""pgjax's numeric core beside its nearest equals, on the same arrays, in one run.
+
+Times are medians of runs taken in turn, given as ratios (ours / theirs, below 1 is faster); memory is
+the compiled program's own temporary memory. Exits with 1 where results differ or a limit is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+
+import jax
+
+from experiments.benchmarks import advantages, harness, logprobs, returns
+
+SECTIONS = {"returns": returns, "logprobs": logprobs, "advantages": advantages}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.benchmarks.core", description=__doc__
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=sorted(SECTIONS), default=list(SECTIONS), metavar="SECTION",
+        help=f"sections to run, of {', '.join(SECTIONS)}; default: all",
+    )  # fmt: skip
+    parser.add_argument("--out", type=pathlib.Path, help="also write the rows to this JSON file")
+    options = parser.parse_args(arguments)
+
+    device = jax.devices()[0]
+    print(f"jax {jax.__version__}, {device.platform}: {device.device_kind}")
+    rows: list[harness.Row] = []
+    for name in options.only:
+        print(f"  {name} …", file=sys.stderr, flush=True)
+        rows += SECTIONS[name].rows()
+    print(harness.table(rows))
+    missed = [row for row in rows if not row.within_limit]
+    for row in missed:
+        print(f"MISSED: {row.name} against {row.peer}: {row.ratio:.2f}, limit {row.limit}")
+    if options.out is not None:
+        options.out.write_text(harness.to_json(rows, device.device_kind) + "\n")
+        print(f"  {options.out}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
