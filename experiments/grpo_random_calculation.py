@@ -67,6 +67,8 @@ class Warmup:
     """Peak; 50 steps of linear warm-up, then cosine decay to a tenth."""
     levels: tuple[int, ...] = (1, 2, 3)
     """Levels (numbers of operators) demonstrated."""
+    microbatches: int = 4
+    """Parts of a batch, sorted by length, whose gradients are accumulated."""
     worked_probability: float = 0.35
     """Share of demonstrations that write out every line; the others state the value at once."""
 
@@ -93,8 +95,8 @@ class RL:
     """Passes over each rollout batch."""
     minibatches: int = 1
     """Optimizer steps per pass."""
-    microbatches: int = 1
-    """Parts of a minibatch whose gradients are accumulated."""
+    microbatches: int = 4
+    """Parts of a minibatch, sorted by length, whose gradients are accumulated."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient."""
     weight_decay: float = 0.0
@@ -127,6 +129,10 @@ class Config:
     """The recipe, from pgjax.objectives."""
     objective_options: tuple[str, ...] = ()
     """Keywords of the recipe, such as kl_coefficient=0.01 high=0.28."""
+    aggregate: (
+        Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum"] | None
+    ) = None
+    """Reduction of the loss; default: the recipe's own, for grpo token_mean, as most code today."""
     optimizer: OptimizerName = "adam"
     """Of the reinforcement; the warm-up uses adamw."""
     reward: RewardName = "exact"
@@ -275,7 +281,11 @@ def make_objective(config: Config) -> pg.Objective:
                 f"objective_options: {config.objective} has no option {name!r}, "
                 f"only {', '.join(known) or 'none'}"
             )
-    return recipe(**options)
+    objective = recipe(**options)
+    aggregate = config.aggregate or ("token_mean" if config.objective == "grpo" else None)
+    if aggregate is None:
+        return objective
+    return dataclasses.replace(objective, aggregate=getattr(pg.aggregate, aggregate))
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
@@ -307,6 +317,11 @@ def max_new_tokens(config: Config) -> int:
     return max(task.response_length_bound(task.PRESETS[config.data_preset], n) for n in levels)
 
 
+def widths(length: int) -> tuple[int, ...]:
+    """Row lengths at which an update is compiled: a third and two thirds of the longest row."""
+    return (length // 3, 2 * length // 3)
+
+
 def make_decoder(config: Config) -> tuple[pg.models.FunctionalDecoder, Any]:
     model = config.model
     key, head_key = jax.random.split(jax.random.key(config.seed))
@@ -323,6 +338,8 @@ def make_decoder(config: Config) -> tuple[pg.models.FunctionalDecoder, Any]:
         tied_embeddings=False,
         max_length=prompt_length(config) + max_new_tokens(config),
         dtype=model.dtype,
+        # A few layers run faster written out than in a loop; compiling them costs little.
+        scan_unroll=min(model.num_layers, 4),
     )
     decoder, params = pg.models.init(decoder_config, key)
     params = {"decoder": params}
@@ -519,18 +536,20 @@ class Run:
                 weight_decay=0.01,
             ),
         )
+        task_config = task.PRESETS[config.data_preset]
+        length = max(
+            task.prompt_length_bound(task_config, n) + task.response_length_bound(task_config, n)
+            for n in config.warmup.levels
+        )
         params = pg.parallel.shard(self.params["decoder"], self.shardings["decoder"])
         state = pg.train.init({"decoder": params}, optimizer, jax.random.key(config.seed))
         update = pg.train.make_update(
             pg.train.language_model_outputs(self.decoder),
             pg.objectives.supervised(),
             optimizer,
+            num_microbatches=config.warmup.microbatches,
+            widths=widths(length),
             state_shardings=pg.train.shardings(state),
-        )
-        task_config = task.PRESETS[config.data_preset]
-        length = max(
-            task.prompt_length_bound(task_config, n) + task.response_length_bound(task_config, n)
-            for n in config.warmup.levels
         )
         batches = pg.tasks.sft_loader(
             self.sources["train"],
@@ -607,6 +626,7 @@ class Run:
             num_epochs=rl.epochs,
             num_minibatches=rl.minibatches,
             num_microbatches=rl.microbatches,
+            widths=widths(self.prompt_length + self.max_new_tokens),
             state_shardings=pg.train.shardings(state),
         )
         shown: list[str] = []

@@ -423,18 +423,18 @@ def test_failed_save_is_told_and_the_next_works(tmp_path):
     with checkpoints.open(tmp_path) as saved:
         saved.save(1, small(1))
         saved.wait()
-        before_commit = checkpoints._list_files
+        before_commit = checkpoints.files.list_files
 
         def full(directory):
             raise OSError(28, "No space left on device")
 
-        checkpoints._list_files = full
+        checkpoints.files.list_files = full
         try:
             saved.save(2, small(2))
             with pytest.raises(checkpoints.CheckpointError, match=r"step 2 .*No space left"):
                 saved.wait()
         finally:
-            checkpoints._list_files = before_commit
+            checkpoints.files.list_files = before_commit
         assert saved.steps() == [1]
         saved.save(2, small(22))
         assert saved.restore(like=small(0))[0]["step"] == 22

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from pgjax import returns
+from pgjax.returns import recurrence
 
 # ------------------------------------------------------------------ definitions, as explicit sums
 
@@ -201,7 +202,7 @@ def test_both_recurrences_are_the_loop(x64, shape, reverse):
 def test_merged_neighbours_are_the_loop(x64, steps, rounds):
     rng = np.random.default_rng(steps)
     a, b, start = rng.normal(size=(2, steps)), rng.normal(size=(2, steps)), rng.normal(size=2)
-    got = jax.jit(returns._halved, static_argnums=3)(a, b, start, rounds)
+    got = jax.jit(recurrence._halved, static_argnums=3)(a, b, start, rounds)
     np.testing.assert_allclose(got, by_loop(a, b, start, True), **close64)
 
 
@@ -211,7 +212,7 @@ def test_every_choice_of_form_is_the_loop(monkeypatch, shape, backend):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     rng = np.random.default_rng(0)
     a, b = rng.uniform(0, 1, shape), rng.normal(size=shape)
-    got = jax.jit(lambda a, b: returns._backward(a, b))(np.float32(a), np.float32(b))
+    got = jax.jit(lambda a, b: recurrence.backward(a, b))(np.float32(a), np.float32(b))
     np.testing.assert_allclose(got, by_loop(a, b, 0.0, True), **close32)
 
 
@@ -231,14 +232,14 @@ def test_definition_with_terminations_truncations_and_masks(x64, name, shape):
 
 @every_case
 @pytest.mark.parametrize(
-    "form", [returns._associative, returns._halved], ids=["associative", "halved"]
+    "form", [recurrence._associative, recurrence._halved], ids=["associative", "halved"]
 )
 def test_definition_by_every_form_of_the_recurrence(monkeypatch, name, form):
     def backward(a, b, start=None):
         start = jnp.zeros(a.shape[:-1], a.dtype) if start is None else start
         return form(a, b, start, True)  # True: reversed, or one round of merging
 
-    monkeypatch.setattr(returns, "_backward", backward)
+    monkeypatch.setattr(recurrence, "backward", backward)
     options, reference = CASES[name]
     d = make(1)
     got = call(name, d, **options)

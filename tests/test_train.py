@@ -105,6 +105,25 @@ def test_accumulated_gradient_and_metrics_equal_the_full_batch(model, name):
         )
 
 
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_trimming_padding_changes_nothing(model, name):
+    decoder, params = model
+    rollout = sampled_rollout(decoder, params)
+    reference = jax.tree.map(lambda x: x * 1.01, params)
+    whole, metrics = one_update(model, RECIPES[name], rollout, reference)
+    for parts in (1, 4):
+        trimmed, other = one_update(
+            model, RECIPES[name], rollout, reference, num_microbatches=parts, widths=(6, 9, 50)
+        )
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-7),
+            whole.params,
+            trimmed.params,
+        )
+        for key in metrics:
+            np.testing.assert_allclose(other[key], metrics[key], rtol=2e-4, atol=2e-6, err_msg=key)
+
+
 def test_the_update_is_the_gradient_of_the_loss(model):
     """One SGD step of rate 1 subtracts the gradient of the loss as a user would write it."""
     decoder, params = model

@@ -77,8 +77,23 @@ def masked_softmax(
 
     Every row needs at least one true entry, which a causal mask with itself always has.
     """
-    scores = jnp.where(mask, scores.astype(jnp.float32), -jnp.inf)
-    return jax.nn.softmax(scores, axis=-1)
+    return _masked_softmax(scores.astype(jnp.float32), mask)
+
+
+# With this rule the backward pass keeps the weights alone, not the intermediate arrays of their
+# computation, each as large as the scores.
+@jax.custom_jvp
+def _masked_softmax(scores: Array, mask: Array) -> Array:
+    return jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+
+
+@_masked_softmax.defjvp
+def _masked_softmax_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    weights = _masked_softmax(*primals)
+    weighted = weights * tangents[0]
+    return weights, weighted - weights * jnp.sum(weighted, axis=-1, keepdims=True)
 
 
 def causal_attention(

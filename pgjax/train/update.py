@@ -6,7 +6,7 @@ the minibatch's own (global) denominators before it is cut into microbatches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -45,6 +45,16 @@ def _join(tree: Any) -> Any:
     )
 
 
+def _trimmed(tree: Any, length: int, width: int) -> Any:
+    """Every array `[b, T]` cut to its first `width` columns; others as they are."""
+    return jax.tree.map(lambda x: x[:, :width] if x.ndim > 1 and x.shape[1] == length else x, tree)
+
+
+def _padded(tree: Any, length: int) -> Any:
+    """The inverse of `_trimmed` for outputs that are 0 beyond the cut."""
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, length - x.shape[1]))), tree)
+
+
 def _in_parts(function: Callable[[Rollout], Any], rollout: Rollout, parts: int) -> Any:
     if parts == 1:
         return function(rollout)
@@ -59,6 +69,7 @@ def make_update(
     num_epochs: int = 1,
     num_minibatches: int = 1,
     num_microbatches: int = 1,
+    widths: Sequence[int] = (),
     state_shardings: TrainState | None = None,
 ) -> Update:
     """A jitted `update(state, rollout, reference_params=None) -> (state, metrics)`.
@@ -75,6 +86,10 @@ def make_update(
       num_epochs: passes over the batch.
       num_minibatches: optimizer steps a pass.
       num_microbatches: parts of a minibatch that are in memory one after the other.
+      widths: row lengths, in tokens, below the full one at which the update is also compiled. Rows
+        are then sorted by length before they are cut into microbatches, and each microbatch runs
+        at the smallest width that holds its longest row, without compiling again: padding costs
+        less. The result is the same.
       state_shardings: where the new state is to lie, from `train.shardings(state)`; None leaves it
         to the compiler, which may choose another layout than the old state's and so compile again
         at the second call.
@@ -95,6 +110,8 @@ def make_update(
     }.items():
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
+    if any(w < 1 for w in widths):
+        raise ValueError(f"widths: expected numbers of at least 1, got {tuple(widths)}")
     needs = objective.needs
 
     def fill(params: Any, rollout: Rollout, reference_params: Any | None) -> Rollout:
@@ -128,18 +145,47 @@ def make_update(
             return objective.value(out, part), jax.lax.stop_gradient(out).replace(features=None)
 
         value_and_grad = jax.value_and_grad(loss, has_aux=True)
+        batch, length = minibatch.mask.shape
+        ladder = sorted({w for w in widths if w < length})
+
+        def at_width(width: int) -> Callable[[Any, Rollout], Any]:
+            def run(params: Any, part: Rollout) -> Any:
+                (value, out), grads = value_and_grad(params, _trimmed(part, length, width))
+                return (value, _padded(out, length)), grads
+
+            return run
+
+        def one(params: Any, part: Rollout) -> Any:
+            if not ladder:
+                return value_and_grad(params, part)
+            # Nothing behind a row's last chosen token has any bearing on its loss.
+            longest = jnp.max(jnp.where(part.mask, jnp.arange(1, length + 1), 0))
+            rung = jnp.sum(longest > jnp.array(ladder))
+            return jax.lax.switch(rung, [at_width(w) for w in [*ladder, length]], params, part)
+
         if num_microbatches == 1:
-            (value, out), grads = value_and_grad(params, minibatch)
+            (value, out), grads = one(params, minibatch)
             return grads, value, out
 
         def accumulate(carry: tuple[Any, Array], part: Rollout) -> tuple[Any, PolicyOutputs]:
             total, value = carry
-            (part_value, out), grads = value_and_grad(params, part)
+            (part_value, out), grads = one(params, part)
             return (jax.tree.map(jnp.add, total, grads), value + part_value), out
 
         zero = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
-        (grads, value), out = jax.lax.scan(accumulate, zero, _split(minibatch, num_microbatches))
-        return grads, value, _join(out)
+        if not ladder:
+            parts = _split(minibatch, num_microbatches)
+            (grads, value), out = jax.lax.scan(accumulate, zero, parts)
+            return grads, value, _join(out)
+        ends = jnp.max(jnp.where(minibatch.mask, jnp.arange(1, length + 1), 0), axis=1)
+        order = jnp.argsort(ends)
+        parts = jax.tree.map(
+            lambda x: x[order].reshape(num_microbatches, -1, *x.shape[1:]), minibatch
+        )
+        (grads, value), out = jax.lax.scan(accumulate, zero, parts)
+        unsorted = jnp.argsort(order)
+        out = jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:])[unsorted], out)
+        return grads, value, out
 
     def optimizer_step(
         carry: tuple[Any, optax.OptState], minibatch: Rollout
