@@ -40,9 +40,9 @@ class DecoderConfig:
       dtype: of activations and matmul inputs. Norm statistics, softmax and logits are float32.
       param_dtype: of the parameters.
       remat: what the backward pass recomputes in each layer. None: nothing; "full": everything
-        but the layer's input; "dots": everything but products with the parameters.
-      scan_unroll: layers per iteration of the scan over layers. A few can be faster on small
-        models; the traced program stays the same size, the compiled one grows.
+        but the layer's input; "dots": everything but products with the parameters. On CPUs "full"
+        is also the fastest for small models, since writing and reading back what would be kept
+        costs more than computing it again.
     """
 
     vocab_size: int
@@ -64,7 +64,6 @@ class DecoderConfig:
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: str | None = None
-    scan_unroll: int = 1
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__  # frozen: derived defaults are filled once, here
@@ -72,7 +71,7 @@ class DecoderConfig:
             set_field(self, "num_kv_heads", self.num_heads)
         for name in (
             *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads"),
-            *("mlp_size", "max_length", "scan_unroll"),
+            *("mlp_size", "max_length"),
         ):
             _positive_integer(name, getattr(self, name))
         if self.head_dim is None:

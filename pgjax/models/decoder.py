@@ -62,7 +62,7 @@ class Decoder(nnx.Module):
         if self.config.remat is not None:
             policy = _REMAT_POLICIES[self.config.remat]
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-        x, _ = jax.lax.scan(layer, self._embed(tokens), states, unroll=self.config.scan_unroll)
+        x, _ = jax.lax.scan(layer, self._embed(tokens), states)
         return self._final_norm(x)
 
     def prefill(
@@ -78,8 +78,7 @@ class Decoder(nnx.Module):
             return nnx.merge(graphdef, state)(x, rotary, attend)
 
         graphdef, states = nnx.split(self.layers)
-        unroll = self.config.scan_unroll
-        x, (keys, values) = jax.lax.scan(layer, self._embed(tokens), states, unroll=unroll)
+        x, (keys, values) = jax.lax.scan(layer, self._embed(tokens), states)
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self._final_norm(last), PrefixCache(keys=keys, values=values, lengths=lengths)
 
@@ -125,7 +124,6 @@ class Decoder(nnx.Module):
             layer,
             (self._embed(tokens), completion.keys, completion.values),
             (states, prefix.keys, prefix.values, jnp.arange(self.config.num_layers)),
-            unroll=self.config.scan_unroll,
         )
         return self._final_norm(x), CompletionCache(keys=keys, values=values)
 

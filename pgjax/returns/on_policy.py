@@ -93,7 +93,8 @@ def n_step(
 
     Source: Sutton and Barto 2018, "Reinforcement Learning: An Introduction", section 7.1.
     """
-    if operator.index(n) < 1:
+    n = operator.index(n)
+    if n < 1:
         raise ValueError(f"n: expected an integer of at least 1, got {n}")
     r, v, g = checked(
         rewards=rewards,
@@ -107,7 +108,7 @@ def n_step(
         # A window of n counted steps has no fixed length in t, so cut the masked columns out.
         order = jnp.argsort(~mask, axis=-1, stable=True)
         r, v, g, cut = (jnp.take_along_axis(x, order, -1) for x in (r, v, g, cut))
-    span = min(operator.index(n), r.shape[-1])
+    span = min(n, r.shape[-1])
 
     def later(f: tuple[Array, Array], by: int) -> tuple[Array, Array]:
         return tuple(_shift(x, by) for x in f)  # type: ignore[return-value]

@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from pgjax.train.checkpoints import files, leaves, manager
+from pgjax.train.checkpoints.errors import CheckpointError, CheckpointWarning, Damaged
+from pgjax.train.checkpoints.retention import Retention, best_first
+
+_Tree = TypeVar("_Tree")
+
 
 def _first_line(error: BaseException) -> str:
     line = (str(error).strip().splitlines() or [""])[0]
@@ -31,21 +48,12 @@ class Checkpoints:
         self._unreadable: dict[int, str] = {}
         self._saving: int | None = None
         self._closed = False
-        options: dict[str, Any] = {"create": False, "enable_async_checkpointing": True}
-        if writable:
-            options["preservation_policy"] = _Retention(keep_last, keep_best, lambda: self._scores)
-            options["async_options"] = ocp.AsyncOptions(
-                post_finalization_callback=self._before_commit
-            )
-        with _quiet():
-            self._manager = ocp.CheckpointManager(
-                directory,
-                options=ocp.CheckpointManagerOptions(**options),
-                item_handlers={
-                    "state": ocp.StandardCheckpointHandler(),
-                    "info": ocp.JsonCheckpointHandler(filename=_INFO_FILE),
-                },
-            )
+        retention = Retention(keep_last, keep_best, lambda: self._scores)
+        self._manager = (
+            manager.writing(directory, retention, self._before_commit)
+            if writable
+            else manager.reading(directory)
+        )
         self._read_scores()
 
     @property
@@ -101,27 +109,15 @@ class Checkpoints:
                 f"step: {step} is not after the newest checkpoint, {newest}, in {self.directory}; "
                 "restore that one, drop it with delete_after, or use another directory"
             )
-        named = _named_leaves(state, "state")
-        stored = {name: _stored(where, leaf) for name, (where, leaf) in named.items()}
-        # Orbax refuses arrays without elements; `info` has their shapes.
-        stored = {name: value for name, value in stored.items() if value.size}
-        if not stored:
-            raise ValueError("state: expected at least one array with elements, got none")
-        numbers = _numbers(metrics)
-        info = {
-            "format": _FORMAT,
-            "step": step,
-            "metadata": _plain(metadata or {}, "metadata"),
-            "metrics": numbers,
-            "leaves": [[name, _describe(where, leaf)] for name, (where, leaf) in named.items()],
-        }
+        arrays, described = leaves.stored(state)
+        info = files.make_info(step, metadata, metrics, described)
         self.wait()
-        self._score(step, numbers)
+        self._score(step, info["metrics"])
         self._saving = step
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_nested(stored)), info=ocp.args.JsonSave(info)
+                state=ocp.args.StandardSave(arrays), info=ocp.args.JsonSave(info)
             ),
             force=True,
         )
@@ -145,7 +141,7 @@ class Checkpoints:
         """
         if self._best_metric is None:
             raise ValueError("best_step: these checkpoints were opened without a best_metric")
-        return next(iter(_best_first(self.steps(), self._scores)), None)
+        return next(iter(best_first(self.steps(), self._scores)), None)
 
     def restore(self, step: int | None = None, *, like: _Tree) -> tuple[_Tree, dict[str, Any]]:
         """Reads a checkpoint back, bit for bit.
@@ -179,7 +175,7 @@ class Checkpoints:
                 )
             try:
                 return self._load(step, like)
-            except _Damaged as damage:
+            except Damaged as damage:
                 raise CheckpointError(
                     f"checkpoint {step} in {self.directory} is damaged: {damage}"
                 ) from damage
@@ -188,7 +184,7 @@ class Checkpoints:
         for candidate in reversed(steps):
             try:
                 result = self._load(candidate, like)
-            except _Damaged as damage:
+            except Damaged as damage:
                 if not self._exists(candidate):
                     continue  # deleted by its writer since it was listed
                 self._unreadable[candidate] = str(damage)
@@ -248,7 +244,7 @@ class Checkpoints:
             raise ValueError(f"checkpoints in {self.directory} were opened for reading")
 
     def _reload(self) -> None:
-        with _quiet():
+        with manager.quiet():
             self._manager.reload()
 
     def _exists(self, step: int) -> bool:
@@ -265,49 +261,33 @@ class Checkpoints:
         for step in self._manager.all_steps():
             if step not in self._scores and step not in self._unreadable:
                 try:
-                    self._score(step, _read_info(self._directory / str(step))["metrics"])
-                except _Damaged:
+                    self._score(step, files.read_info(self._directory / str(step)).metrics)
+                except Damaged:
                     continue  # said when it is restored; without a score it is not kept as the best
 
     def _before_commit(self) -> None:
         """Runs in Orbax's thread when all files are written, before the rename."""
-        if not _is_local(self._directory):
-            return
-        for path in self._directory.glob(f"{self._saving}{_TEMPORARY}*"):
-            _list_files(path)
+        if "://" in str(self._directory):
+            return  # an object store has no rename to come before
+        for path in self._directory.glob(f"{self._saving}{files.TEMPORARY}*"):
+            files.list_files(path)
 
-    def _load(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+    def _load(self, step: int, like: _Tree) -> tuple[_Tree, dict[str, Any]]:
         directory = self._directory / str(step)
-        verified = _verify(directory)
-        info = _read_info(directory)
-        wanted = _match(like, info, step)
-        leaves = info["leaves"]
-        targets = {name: _target(leaf, leaves[name]) for name, (_, leaf) in wanted.items()}
-        empty = {n: np.zeros(t.shape, t.dtype) for n, t in targets.items() if 0 in t.shape}
-        targets = {n: t for n, t in targets.items() if n not in empty}
-        try:
-            with _quiet():
-                restored = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(state=ocp.args.StandardRestore(_nested(targets))),
-                ).state
-        except Exception as error:
-            if verified or isinstance(error, MemoryError):
-                raise  # the files are what was written: the cause is elsewhere
-            raise _Damaged(_first_line(error)) from error
+        verified = files.verify(directory)
+        info = files.read_info(directory)
 
-        def find(name: tuple[str, ...]) -> Any:
-            if name in empty:
-                return empty[name]
-            inner = restored
-            for part in name:
-                inner = inner[part]
-            return inner
+        def read(targets: Any) -> Any:
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(targets))
+            try:
+                with manager.quiet():
+                    return self._manager.restore(step, args=args).state
+            except Exception as error:
+                if verified or isinstance(error, MemoryError):
+                    raise  # the files are what was written: the cause is elsewhere
+                raise Damaged(_first_line(error)) from error
 
-        values = [_as_like(find(n), leaf, leaves[n]) for n, (_, leaf) in wanted.items()]
-        return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), values), info[
-            "metadata"
-        ]
+        return leaves.restored(like, info.leaves, step, read), info.metadata
 
     def _set_unreadable_aside(self) -> None:
         """Moves damaged checkpoints out of the way of new ones, without deleting them."""
@@ -319,9 +299,6 @@ class Checkpoints:
                 if target.exists():
                     target.rmtree()
                 (self._directory / str(step)).rename(target)
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            multihost_utils.sync_global_devices("pgjax: unreadable checkpoints set aside")
+        manager.synchronize("pgjax: unreadable checkpoints set aside")
         self._unreadable.clear()
         self._reload()

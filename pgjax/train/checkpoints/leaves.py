@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from pgjax.parallel.sharding import shard
+
+Name = tuple[str, ...]
 
 
 class Leaf(NamedTuple):
@@ -25,6 +29,38 @@ class Leaf(NamedTuple):
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
 
 
+def stored(state: Any) -> tuple[dict[str, Any], dict[Name, Leaf]]:
+    """What Orbax is given of a state, and how each leaf is stored.
+
+    Raises ValueError, naming the leaf, for what cannot be saved.
+    """
+    named = _named_leaves(state, "state")
+    arrays = {name: _storable(where, leaf) for name, (where, leaf) in named.items()}
+    # Orbax refuses arrays without elements; their shapes are among the descriptions.
+    arrays = {name: array for name, array in arrays.items() if array.size}
+    if not arrays:
+        raise ValueError("state: expected at least one array with elements, got none")
+    return _nested(arrays), {name: _describe(*leaf) for name, leaf in named.items()}
+
+
+def restored(like: Any, saved: Mapping[Name, Leaf], step: int, read: Callable[[Any], Any]) -> Any:
+    """The state of step `step` in the form of `like`; ValueError where `like` does not match.
+
+    `read` is given what Orbax restores into, and returns that tree with the saved values.
+    """
+    wanted = _match(like, saved, step)
+    targets = {name: _target(leaf, saved[name]) for name, leaf in wanted.items()}
+    tree = read(_nested({name: target for name, target in targets.items() if target.size}))
+
+    def value(name: Name) -> Any:
+        if not targets[name].size:
+            return np.zeros(targets[name].shape, targets[name].dtype)
+        return functools.reduce(operator.getitem, name, tree)
+
+    values = [_as_like(value(name), leaf, saved[name]) for name, leaf in wanted.items()]
+    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), values)
+
+
 def _is_key(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
@@ -36,9 +72,9 @@ def _name(entry: Any) -> str:
     return re.sub(r"[%./]", lambda m: f"%{ord(m.group()):02x}", text) or "%"
 
 
-def _named_leaves(tree: Any, argument: str) -> dict[tuple[str, ...], tuple[str, Any]]:
+def _named_leaves(tree: Any, argument: str) -> dict[Name, tuple[str, Any]]:
     """Each leaf with its readable path, by its name in storage."""
-    named: dict[tuple[str, ...], tuple[str, Any]] = {}
+    named: dict[Name, tuple[str, Any]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = tuple(_name(entry) for entry in path) or ("leaf",)
         where = jax.tree_util.keystr(path) or "the only leaf"
@@ -56,20 +92,20 @@ def _named_leaves(tree: Any, argument: str) -> dict[tuple[str, ...], tuple[str, 
     return named
 
 
+def _dtype(leaf: Any) -> Any:
+    return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+
+
 def _describe(where: str, leaf: Any) -> Leaf:
     if not _is_key(leaf):
-        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
-        return Leaf(where, str(np.dtype(dtype)), tuple(np.shape(leaf)), None, None)
+        return Leaf(where, str(np.dtype(_dtype(leaf))), tuple(np.shape(leaf)), None, None)
     data = jax.eval_shape(jax.random.key_data, leaf)
-    implementation = None if _is_abstract(leaf) else str(jax.random.key_impl(leaf))
+    abstract = isinstance(leaf, jax.ShapeDtypeStruct)
+    implementation = None if abstract else str(jax.random.key_impl(leaf))
     return Leaf(where, str(leaf.dtype), tuple(leaf.shape), tuple(data.shape), implementation)
 
 
-def _is_abstract(leaf: Any) -> bool:
-    return isinstance(leaf, jax.ShapeDtypeStruct)
-
-
-def _nested(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+def _nested(flat: Mapping[Name, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in flat.items():
         inner = result
@@ -79,7 +115,7 @@ def _nested(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
     return result
 
 
-def stored(where: str, leaf: Any) -> Any:
+def _storable(where: str, leaf: Any) -> Any:
     """What Orbax is given: a JAX array, or a copy of host data that later changes cannot reach."""
     if isinstance(leaf, jax.core.Tracer):
         raise ValueError(f"state: {where} is traced; save outside of jit")
@@ -93,46 +129,9 @@ def stored(where: str, leaf: Any) -> Any:
     return array
 
 
-def _committed(leaf: Any) -> bool:
-    """Whether a restored leaf must stay on `leaf`'s devices, rather than go wherever it is used."""
-    if _is_abstract(leaf):
-        return leaf.sharding is not None
-    return bool(getattr(leaf, "committed", getattr(leaf, "_committed", True)))
-
-
-def _target(like: Any, saved: Leaf) -> Any:
-    """What Orbax restores into."""
-    if isinstance(like, jax.Array | jax.ShapeDtypeStruct) and not _is_key(like):
-        if _committed(like):
-            return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=like.sharding)
-        return np.empty(like.shape, like.dtype)
-    if _is_key(like):
-        assert saved.data_shape is not None
-        return np.empty(saved.data_shape, np.uint32)
-    return np.empty(np.shape(like), np.asarray(like).dtype)
-
-
-def _as_like(restored: Any, like: Any, saved: Leaf) -> Any:
-    """The restored value in the form and place of `like`."""
-    if _is_key(like):
-        key = jax.random.wrap_key_data(jax.numpy.array(restored), impl=saved.implementation)
-        return shard(key, like.sharding) if _committed(like) else key
-    if isinstance(like, jax.Array | jax.ShapeDtypeStruct):
-        # `array` copies: a buffer shared with NumPy could not be donated.
-        if not _committed(like):
-            return jax.numpy.array(restored, dtype=like.dtype)
-        return shard(restored, like.sharding)  # it is there already, unless it is empty
-    if isinstance(like, np.ndarray):
-        return np.asarray(restored)
-    if isinstance(like, np.generic):
-        return like.dtype.type(np.asarray(restored)[()])
-    return type(like)(np.asarray(restored).item())
-
-
-def match(like: Any, info: Mapping[str, Any], step: int) -> dict[tuple[str, ...], tuple[str, Any]]:
-    """`like`'s named leaves, or ValueError naming a leaf that is not as saved."""
+def _match(like: Any, saved: Mapping[Name, Leaf], step: int) -> dict[Name, Any]:
+    """`like`'s leaves by name, or ValueError naming a leaf that is not as saved."""
     wanted = _named_leaves(like, "like")
-    saved: dict[tuple[str, ...], Leaf] = info["leaves"]
     problems = [
         f"{where} is not in the checkpoint"
         for name, (where, _) in wanted.items()
@@ -153,4 +152,38 @@ def match(like: Any, info: Mapping[str, Any], step: int) -> dict[tuple[str, ...]
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"like: does not match step {step}: {'; '.join(problems[:5])}{more}")
-    return wanted
+    return {name: leaf for name, (_, leaf) in wanted.items()}
+
+
+def _committed(leaf: Any) -> bool:
+    """Whether a restored leaf must stay on `leaf`'s devices, rather than go wherever it is used."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.sharding is not None
+    return bool(getattr(leaf, "committed", getattr(leaf, "_committed", True)))
+
+
+def _target(like: Any, saved: Leaf) -> Any:
+    """What Orbax restores into."""
+    if _is_key(like):
+        assert saved.data_shape is not None
+        return np.empty(saved.data_shape, np.uint32)
+    if isinstance(like, jax.Array | jax.ShapeDtypeStruct) and _committed(like):
+        return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=like.sharding)
+    return np.empty(np.shape(like), _dtype(like))
+
+
+def _as_like(restored: Any, like: Any, saved: Leaf) -> Any:
+    """The restored value in the form and place of `like`."""
+    if _is_key(like):
+        key = jax.random.wrap_key_data(jax.numpy.array(restored), impl=saved.implementation)
+        return shard(key, like.sharding) if _committed(like) else key
+    if isinstance(like, jax.Array | jax.ShapeDtypeStruct):
+        # `array` copies: a buffer shared with NumPy could not be donated.
+        if not _committed(like):
+            return jax.numpy.array(restored, dtype=like.dtype)
+        return shard(restored, like.sharding)  # it is there already, unless it is empty
+    if isinstance(like, np.ndarray):
+        return np.asarray(restored)
+    if isinstance(like, np.generic):
+        return like.dtype.type(np.asarray(restored)[()])
+    return type(like)(np.asarray(restored).item())

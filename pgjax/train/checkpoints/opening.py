@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import uuid
+import warnings
 
-def _as_path(directory: str | os.PathLike[str]) -> epath.Path:
-    text = os.fspath(directory)
-    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
+import jax
+from etils import epath
+
+from pgjax.train.checkpoints.errors import CheckpointWarning
+from pgjax.train.checkpoints.files import TEMPORARY
+from pgjax.train.checkpoints.handle import Checkpoints
+from pgjax.train.checkpoints.manager import synchronize
 
 
 def open(
@@ -41,17 +48,14 @@ def open(
     path = _as_path(directory)
     if jax.process_index() == 0:
         _make_writable(path)
-        for leftover in sorted(path.glob(f"*{_TEMPORARY}*")):
+        for leftover in sorted(path.glob(f"*{TEMPORARY}*")):
             leftover.rmtree()
             warnings.warn(
                 f"deleted {leftover}: an unfinished checkpoint of a process that died",
                 CheckpointWarning,
                 stacklevel=2,
             )
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("pgjax: checkpoint directory ready")
+    synchronize("pgjax: checkpoint directory ready")
     return Checkpoints(
         path,
         keep_last=keep_last,
@@ -101,3 +105,8 @@ def _make_writable(path: epath.Path) -> None:
         raise type(error)(
             error.errno, f"directory: {path} cannot hold checkpoints: {error.strerror}"
         ) from error
+
+
+def _as_path(directory: str | os.PathLike[str]) -> epath.Path:
+    text = os.fspath(directory)
+    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
