@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 import pgjax as pg
-from experiments import grpo_random_calculation as main_job
+from experiments.random_calculation import config as main_job
+from experiments.random_calculation.run import run
 
 ACCURATE: tuple[main_job.RewardName, ...] = ("exact", "continuous")
 SPURIOUS: tuple[main_job.RewardName, ...] = ("random", "inverted", "majority_incorrect")
@@ -88,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         for seed in range(config.seeds):
             for reward in rewards:
                 rich.print(f"[bold]seed {seed}, reward {reward}")
-                result = main_job.run(run_config(config, seed, reward))
+                result = run(run_config(config, seed, reward))
                 after[reward][seed] = result.after[LEVEL].average
                 before[seed] = result.before[LEVEL].average
     except pg.train.Interrupted as stop:

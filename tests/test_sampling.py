@@ -403,6 +403,32 @@ def test_other_settings_reuse_the_program():
     assert programs() == before
 
 
+def test_the_cache_is_updated_in_place():
+    """Temporary memory is one completion cache and a layer's slice of it, not two caches."""
+    config = models.DecoderConfig(**{**BASE, "num_layers": 8})
+    shape = jax.ShapeDtypeStruct
+    compiled = text._generate.lower(
+        models.FunctionalDecoder(config),
+        models.abstract_params(config),
+        shape((2, 4), jnp.int32),
+        shape((2,), jnp.int32),
+        jax.eval_shape(lambda: jax.random.key(0)),
+        text._Settings(
+            temperature=shape((), jnp.float32),
+            top_k=None,
+            top_p=None,
+            min_p=None,
+            stop_tokens=shape((1,), jnp.int32),
+            pad_token=shape((), jnp.int32),
+        ),
+        num_samples=256,
+        max_new_tokens=33,
+    ).compile()
+    cache = models.empty_completion_cache(config, num_prompts=2, num_samples=256, num_slots=32)
+    size = cache.keys.nbytes + cache.values.nbytes
+    assert size < compiled.memory_analysis().temp_size_in_bytes < 1.6 * size
+
+
 def test_generate_works_inside_jit():
     decoder, params = build()
     prompts, lengths = sampling.pad_prompts(PROMPTS, bucket_sizes=[8])

@@ -528,7 +528,7 @@ def test_what_is_wrong_is_said_in_one_line(environment, tmp_path, arguments, mes
 def test_help_explains_every_field(environment):
     code, output = finish(start({**environment, "COLUMNS": "200"}, "--help"))
     assert code == 0
-    from experiments import grpo_random_calculation as main_job
+    from experiments.random_calculation import config as main_job
 
     for section in (main_job.Config, main_job.Model, main_job.Warmup, main_job.RL):
         for field in dataclasses.fields(section):

@@ -160,7 +160,7 @@ class FunctionalDecoder:
 
         Args:
           params: from `init`.
-          tokens: ids in [0, vocab_size), right-padded with any id.
+          tokens: ids in [0, vocab_size), right-padded with any id. Larger ids give NaN.
 
         Returns:
           hidden states in the configuration's `dtype`.

@@ -1,0 +1,1 @@
+"""The parts of the RandomCalculation experiments: configuration, construction, run, report."""

@@ -1,0 +1,95 @@
+"""What a run leaves behind: table, picture, numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+import pgjax as pg
+from experiments.random_calculation.config import Config
+from pgjax.train import evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run came to: test accuracy by level before and after the reinforcement."""
+
+    directory: pathlib.Path
+    before: dict[int, evaluation.Accuracy]
+    after: dict[int, evaluation.Accuracy]
+    seconds: dict[str, float]
+    tokens_per_second: float
+
+
+def write_report(config: Config, result: Result) -> None:
+    """results.json and curves.png in the run's directory."""
+    content = {
+        "before": {n: a._asdict() for n, a in result.before.items()},
+        "after": {n: a._asdict() for n, a in result.after.items()},
+        "seconds": result.seconds,
+        "tokens_per_second": result.tokens_per_second,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+    }
+    (result.directory / "results.json").write_text(json.dumps(content, indent=2) + "\n")
+    records = pg.train.metrics.read_metrics(result.directory)
+
+    def curve(phase: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+        rows = [r for r in records if r["phase"] == phase and name in r]
+        return np.array([r["step"] for r in rows]), np.array([r[name] for r in rows])
+
+    levels = config.evaluation.levels
+    panels: dict[str, dict[str, tuple[Any, Any]]] = {
+        "warm-up loss (nats per token)": {"loss": curve("warmup", "loss")},
+        "reward (training prompts)": {config.reward: curve("rl", "reward")},
+        "validation accuracy": {
+            f"level {n}": curve("rl_evaluation", f"accuracy/level {n}") for n in levels
+        },
+        "completion length (tokens)": {"training": curve("rl", "completion_length")},
+        "entropy (nats per token)": {"policy": curve("rl", "entropy")},
+        "groups without signal": {"share": curve("rl", "groups_without_signal")},
+    }
+    pg.train.metrics.plot_curves(
+        {title: lines for title, lines in panels.items() if all(len(x) for x, _ in lines.values())},
+        result.directory / "curves.png",
+        title=f"{config.objective} on RandomCalculation, {config.data_preset}, seed {config.seed}",
+        smooth=10,
+    )
+
+
+def print_report(config: Config, result: Result) -> None:
+    """The table a person reads at the end, and where everything lies."""
+    import rich
+
+    def with_interval(a: evaluation.Accuracy) -> str:
+        return f"{100 * a.average:.1f} [{100 * a.low:.1f}, {100 * a.high:.1f}]"
+
+    k = config.evaluation.samples
+    rows = [
+        {
+            "level": level,
+            f"before: avg@{k} [95%]": with_interval(before),
+            "after": with_interval(after),
+            "gain": f"{100 * (after.average - before.average):+.1f}",
+            f"pass@{k}": f"{100 * before.pass_at_k:.1f} → {100 * after.pass_at_k:.1f}",
+            f"maj@{k}": f"{100 * before.majority_at_k:.1f} → {100 * after.majority_at_k:.1f}",
+            "tokens": f"{before.length:.1f} → {after.length:.1f}",
+        }
+        for level, before in result.before.items()
+        for after in [result.after[level]]
+    ]
+    title = "Accuracy in % on held-out (test) problems, before and after the reinforcement"
+    rich.print(pg.train.metrics.summary_table(rows, title=title))
+    seconds = result.seconds
+    rich.print(
+        f"{result.tokens_per_second:,.0f} sampled tokens/s in the reinforcement; "
+        f"warm-up {seconds['warmup']:.0f} s, reinforcement {seconds['reinforcement']:.0f} s, "
+        f"in all {seconds['total']:.0f} s"
+    )
+    for path in sorted(result.directory.iterdir()):
+        print(f"  {path}{'/' if path.is_dir() else ''}")

@@ -1,0 +1,312 @@
+"""A run from start to end, resumable at any point."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import pgjax as pg
+from experiments.random_calculation import build, report
+from experiments.random_calculation.config import Config, next_run
+from pgjax.tasks import random_calculation as task
+from pgjax.train import evaluation, text
+
+
+class Run:
+    """One run: everything that does not change from step to step."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.mesh = pg.parallel.make_mesh(config.mesh)
+        self.directory = config.out or next_run()
+        self._claim_directory()
+        self.decoder, self.params = build.make_decoder(config)
+        self.sources = {
+            split: task.data_source(config.data_preset, split, data_dir=config.data_dir)
+            for split in ("train", "validation", "test")
+        }
+        self.prompt_length = build.prompt_length(config)
+        self.max_new_tokens = build.max_new_tokens(config)
+        axes: dict[str, Any] = {"decoder": self.decoder.logical_axes()}
+        if "value_head" in self.params:
+            axes["value_head"] = pg.models.value_head_logical_axes()
+        self.shardings = pg.parallel.shardings(axes, self.mesh, shapes=self.params)
+        self.writer = pg.train.metrics.MetricsWriter(self.directory)
+
+    def _claim_directory(self) -> None:
+        path = self.directory / "config.json"
+        if path.exists() and not self.config.resume:
+            raise FileExistsError(
+                f"{self.directory} already holds a run: pass --resume to continue it, "
+                "or another --out"
+            )
+        self.directory.mkdir(parents=True, exist_ok=True)
+        saved = dataclasses.asdict(dataclasses.replace(self.config, resume=False))
+        path.write_text(json.dumps(saved, indent=2, default=str) + "\n")
+
+    def place(self, batch: Any) -> Any:
+        """Spreads the rows of a batch over the mesh."""
+        sharding = pg.parallel.batch_sharding(self.mesh)
+        return jax.tree.map(lambda x: jax.device_put(x, sharding), batch)
+
+    def fit(
+        self,
+        phase: str,
+        state: pg.train.TrainState,
+        step: text.Step,
+        batches: Any,
+        num_steps: int,
+        **options: Any,
+    ) -> pg.train.TrainState:
+        """Runs a phase to its end, from its newest checkpoint where there is one."""
+        with pg.train.checkpoints.open(
+            self.directory / "checkpoints" / phase,
+            keep_last=2,
+            keep_best=1,
+            best_metric="accuracy",
+        ) as saved:
+            if saved.latest_step() is not None:
+                state, metadata = saved.restore(like=state)
+                batches.set_state(metadata["batches"])
+            self.writer.truncate_after(int(state.step), phase=phase, phases=("warmup", "rl"))
+            state = pg.train.fit(
+                step,
+                state,
+                batches,
+                num_steps=num_steps,
+                phase=phase,
+                writer=self.writer,
+                checkpoints=saved,
+                checkpoint_every=self.config.checkpoint_every,
+                metadata={"config": json.loads((self.directory / "config.json").read_text())},
+                **options,
+            )
+        return state
+
+    def warm_up(self) -> Any:
+        """Parameters after the supervised phase."""
+        config = self.config
+        optimizer = optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.adamw(
+                optax.warmup_cosine_decay_schedule(
+                    0.0,
+                    config.warmup.learning_rate,
+                    min(50, config.warmup.steps // 4),
+                    max(config.warmup.steps, 1),
+                    0.1 * config.warmup.learning_rate,
+                ),
+                b1=0.9,
+                b2=0.98,
+                weight_decay=0.01,
+            ),
+        )
+        task_config = task.PRESETS[config.data_preset]
+        length = max(
+            task.prompt_length_bound(task_config, n) + task.response_length_bound(task_config, n)
+            for n in config.warmup.levels
+        )
+        params = pg.parallel.shard(self.params["decoder"], self.shardings["decoder"])
+        state = pg.train.init({"decoder": params}, optimizer, jax.random.key(config.seed))
+        update = pg.train.make_update(
+            pg.train.language_model_outputs(self.decoder),
+            pg.objectives.supervised(),
+            optimizer,
+            num_microbatches=config.warmup.microbatches,
+            widths=build.widths(length),
+            state_shardings=pg.train.shardings(state),
+        )
+        batches = pg.tasks.sft_loader(
+            self.sources["train"],
+            length=length,
+            batch_size=config.warmup.batch_size,
+            worked_probability=config.warmup.worked_probability,
+            levels=config.warmup.levels,
+            seed=config.seed,
+        )
+
+        def step(state: pg.train.TrainState, batch: Any) -> Any:
+            state, metrics = update(state, self.place(build.demonstration_rollout(batch)))
+            shown = {name: metrics[name] for name in ("loss", "gradient_norm", "entropy")}
+            return state, {**shown, "tokens": batch["mask"].sum()}
+
+        state = self.fit(
+            "warmup",
+            state,
+            step,
+            batches,
+            config.warmup.steps,
+            progress_fields=("loss", "entropy", "tokens/s"),
+        )
+        return state.params["decoder"]
+
+    def evaluate(self, split: str, per_level: int, params: Any, *, greedy: bool = False) -> Any:
+        """Accuracy by level of the decoder's parameters."""
+        batches = build.evaluation_batches(
+            self.sources[split], self.config.evaluation.levels, per_level, self.prompt_length
+        )
+        samples = 1 if greedy else self.config.evaluation.samples
+        graded = evaluation.evaluate_text(
+            self.decoder,
+            params,
+            batches,
+            lambda samples: task.parse_answer(samples.tokens, samples.mask),
+            jax.random.key(self.config.seed + 1),
+            num_samples=samples,
+            max_new_tokens=self.max_new_tokens,
+            stop_tokens=(task.EOS,),
+            temperature=0.0 if greedy else 1.0,
+        )
+        return evaluation.accuracy_by_level(graded, k=samples)
+
+    def test(self, name: str, params: Any) -> dict[int, evaluation.Accuracy]:
+        """Test accuracy, measured once and kept in the run's directory."""
+        path = self.directory / f"test_{name}.json"
+        if path.exists():
+            stored = json.loads(path.read_text())["sampled"]
+            return {int(n): evaluation.Accuracy(**a) for n, a in stored.items()}
+        count = self.config.evaluation.test_prompts
+        sampled = self.evaluate("test", count, params)
+        greedy = self.evaluate("test", count, params, greedy=True)
+        content = {
+            "sampled": {n: a._asdict() for n, a in sampled.items()},
+            "greedy": {n: a._asdict() for n, a in greedy.items()},
+        }
+        path.write_text(json.dumps(content, indent=2) + "\n")
+        return sampled
+
+    def reinforce(self, initial: Any) -> tuple[Any, float]:
+        """Parameters after the policy-gradient phase, and sampled tokens per second."""
+        config, rl = self.config, self.config.rl
+        optimizer = build.make_optimizer(config)
+        # The update donates its state, so the learner gets a copy; the reference stays as it is.
+        reference = {"decoder": initial}
+        params = {**self.params, "decoder": jax.tree.map(jnp.copy, initial)}
+        params = pg.parallel.shard(params, self.shardings)
+        state = pg.train.init(params, optimizer, jax.random.key(config.seed))
+        update = pg.train.make_update(
+            pg.train.language_model_outputs(self.decoder, temperature=rl.temperature),
+            build.make_objective(config),
+            optimizer,
+            num_epochs=rl.epochs,
+            num_minibatches=rl.minibatches,
+            num_microbatches=rl.microbatches,
+            widths=build.widths(self.prompt_length + self.max_new_tokens),
+            state_shardings=pg.train.shardings(state),
+        )
+        shown: list[str] = []
+
+        def show(at: int, samples: Any, rewards: Any) -> None:
+            if config.show_every and at % config.show_every == 0:
+                shown[:] = completions(samples, rewards, count=4)
+
+        inner = text.make_text_step(
+            self.decoder,
+            update,
+            build.make_reward(config, self.decoder, reference),
+            num_samples=rl.samples,
+            max_new_tokens=self.max_new_tokens,
+            stop_tokens=(task.EOS,),
+            temperature=rl.temperature,
+            reference_params=reference,
+            on_samples=show,
+        )
+
+        def step(state: pg.train.TrainState, batch: Any) -> Any:
+            return inner(state, self.place(batch))
+
+        def validate(state: pg.train.TrainState) -> dict[str, float]:
+            count = config.evaluation.validation_prompts
+            levels = self.evaluate("validation", count, state.params["decoder"])
+            metrics = {f"accuracy/level {n}": a.average for n, a in levels.items()}
+            metrics |= {f"length/level {n}": a.length for n, a in levels.items()}
+            return {**metrics, "accuracy": float(np.mean([a.average for a in levels.values()]))}
+
+        def pop_shown(at: int, state: pg.train.TrainState) -> str | None:
+            text, shown[:] = "\n".join(shown), []
+            return text or None
+
+        state = self.fit(
+            "rl",
+            state,
+            step,
+            pg.tasks.prompts_loader(
+                self.sources["train"],
+                prompt_length=self.prompt_length,
+                num_prompts=rl.prompts,
+                levels=rl.levels,
+                seed=config.seed,
+            ),
+            rl.steps,
+            evaluate=validate,
+            evaluate_every=config.evaluation.every,
+            progress_fields=("reward", "approx_kl", "entropy", "tokens/s"),
+            on_step=pop_shown,
+        )
+        records = pg.train.metrics.read_metrics(self.directory / "metrics.jsonl")
+        speeds = [r["tokens/s"] for r in records if r["phase"] == "rl"]
+        return state.params["decoder"], float(np.median(speeds))
+
+
+def completions(samples: Any, rewards: Any, *, count: int) -> list[str]:
+    """Sampled completions as text, one of each of the first prompts."""
+    tokens, mask = np.asarray(samples.tokens), np.asarray(samples.mask)
+    lines = []
+    for prompt in range(count):
+        rows = np.flatnonzero(np.asarray(samples.prompt_ids) == prompt)
+        if not len(rows):
+            break
+        row = rows[0]
+        start = int(mask[row].argmax())
+        end = start + int(mask[row].sum())
+        response = task.decode([t for t in tokens[row, start:end] if t != task.EOS])
+        mark = "✓" if float(rewards[row]) > 0.5 else "✗"
+        lines.append(f"  {mark} {task.decode(tokens[row, :start])} {response}")
+    return lines
+
+
+def run(config: Config) -> report.Result:
+    """Warm-up, test, reinforcement, test; resumable at any point."""
+    started = time.perf_counter()
+    this = Run(config)
+    warmed = warmed_up(this)
+    warm_seconds = time.perf_counter() - started
+    before = this.test("before", warmed)
+    began = time.perf_counter()
+    trained, speed = this.reinforce(warmed)
+    rl_seconds = time.perf_counter() - began
+    after = this.test("after", trained)
+    this.writer.close()
+    seconds = {
+        "warmup": warm_seconds,
+        "reinforcement": rl_seconds,
+        "total": time.perf_counter() - started,
+    }
+    result = report.Result(this.directory, before, after, seconds, speed)
+    report.write_report(config, result)
+    return result
+
+
+def warmed_up(this: Run) -> Any:
+    """The decoder's parameters after the warm-up: this run's, or another's that it starts from."""
+    own = this.directory / "checkpoints" / "warmed_up"
+    like = pg.parallel.shard(this.params["decoder"], this.shardings["decoder"])
+    source = this.config.warmup_from
+    directory = own if source is None else source / "checkpoints" / "warmed_up"
+    if source is None and not own.exists():
+        params = this.warm_up()
+        with pg.train.checkpoints.open(own) as saved:
+            saved.save(this.config.warmup.steps, params)
+        return params
+    if not directory.is_dir():
+        raise FileNotFoundError(f"warmup_from: no warmed-up model in {directory}")
+    with pg.train.checkpoints.open_readonly(directory) as saved:
+        params, _ = saved.restore(like=like)
+    return params
