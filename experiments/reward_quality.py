@@ -33,7 +33,7 @@ class Config:
     """Seeds 0, 1, ...: initialisation, warm-up and reinforcement."""
     steps: int = 150
     """Reinforcement steps of every run."""
-    warmup_steps: int = 1400
+    warmup_steps: int = 600
     """Supervised steps before."""
     test_prompts: int = 256
     """Test prompts per level."""

@@ -48,20 +48,64 @@ def make_objective(config: Config) -> pg.Objective:
     return dataclasses.replace(objective, aggregate=getattr(pg.aggregate, aggregate))
 
 
+def matrix_axes(params: Any) -> Any:
+    """Which axes of each parameter are a matrix's input and output, for Muon; None: use Adam.
+
+    The layers' projections are matrices, stacked along their first axis; the heads of an attention
+    projection are one matrix together. Embeddings, the output head and norms are left to Adam.
+    """
+
+    def of(path: Any, x: Any) -> Any:
+        keys = [entry.key for entry in path]
+        if "layers" not in keys or x.ndim < 3:
+            return None
+        if x.ndim == 3:
+            return optax.contrib.MuonDimensionNumbers((1,), (2,))
+        inputs, outputs = ((1, 2), (3,)) if keys[-1] == "output" else ((1,), (2, 3))
+        return optax.contrib.MuonDimensionNumbers(inputs, outputs)
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Clipping by global norm, then the named optimizer with a linearly warmed-up rate."""
     rl = config.rl
-    rate = optax.linear_schedule(
-        rl.learning_rate / rl.warmup_steps, rl.learning_rate, rl.warmup_steps
-    )
+    peak, steps = rl.learning_rate, rl.warmup_steps
+    rate = optax.linear_schedule(peak / steps, peak, steps)
     optimizer = {
         "adam": lambda: optax.adam(rate, b1=0.9, b2=0.99),
         "adamw": lambda: optax.adamw(rate, b1=0.9, b2=0.99, weight_decay=rl.weight_decay),
         "sgd": lambda: optax.sgd(rate, momentum=0.9),
         "lion": lambda: optax.lion(rate, weight_decay=rl.weight_decay),
-        "muon": lambda: optax.contrib.muon(rate, weight_decay=rl.weight_decay),
+        "muon": lambda: optax.contrib.muon(
+            rate,
+            weight_decay=rl.weight_decay,
+            muon_weight_dimension_numbers=matrix_axes,
+        ),
     }[config.optimizer]()
     return optax.chain(optax.clip_by_global_norm(rl.clip_norm), optimizer)
+
+
+def make_warmup_optimizer(config: Config) -> optax.GradientTransformation:
+    """Muon on the layers' matrices, AdamW on the rest; warm-up, then cosine to a tenth."""
+    warmup = config.warmup
+
+    def schedule(peak: float) -> optax.Schedule:
+        steps = max(warmup.steps, 1)
+        return optax.warmup_cosine_decay_schedule(0.0, peak, min(50, steps // 4), steps, 0.1 * peak)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.contrib.muon(
+            schedule(warmup.learning_rate),
+            weight_decay=0.01,
+            adam_b1=0.9,
+            adam_b2=0.98,
+            adam_weight_decay=0.01,
+            adam_learning_rate=schedule(warmup.adam_learning_rate),
+            muon_weight_dimension_numbers=matrix_axes,
+        ),
+    )
 
 
 def prompt_length(config: Config) -> int:

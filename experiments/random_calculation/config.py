@@ -44,17 +44,19 @@ class Model:
 class Warmup:
     """Supervised warm-up on worked and direct solutions."""
 
-    steps: int = 1400
+    steps: int = 600
     """Optimizer steps."""
     batch_size: int = 128
     """Sequences per step."""
-    learning_rate: float = 2e-3
-    """Peak; 50 steps of linear warm-up, then cosine decay to a tenth."""
-    levels: tuple[int, ...] = (1, 2, 3)
+    learning_rate: float = 2e-2
+    """Peak of Muon's, on the layers' matrices; linear warm-up, then cosine decay to a tenth."""
+    adam_learning_rate: float = 2e-3
+    """Peak of AdamW's, on embeddings, head and norms."""
+    levels: tuple[int, ...] = (1, 2, 3, 4)
     """Levels (numbers of operators) demonstrated."""
     microbatches: int = 4
     """Parts of a batch, sorted by length, whose gradients are accumulated."""
-    worked_probability: float = 0.35
+    worked_probability: float = 0.3
     """Share of demonstrations that write out every line; the others state the value at once."""
 
 
@@ -119,7 +121,7 @@ class Config:
     ) = None
     """Reduction of the loss; default: the recipe's own, for grpo token_mean, as most code today."""
     optimizer: OptimizerName = "adam"
-    """Of the reinforcement; the warm-up uses adamw."""
+    """Of the reinforcement; the warm-up uses Muon and AdamW."""
     reward: RewardName = "exact"
     """What a completion earns: exact match, the paper's continuous reward, or a spurious one."""
     seed: int = 0
@@ -155,7 +157,7 @@ PRESETS: dict[str, Config] = {
         preset="gpu",
         data_preset="mini99",
         model=_LARGE_MODEL,
-        warmup=Warmup(steps=4000, batch_size=512, learning_rate=1e-3, levels=(1, 2, 3, 4)),
+        warmup=Warmup(steps=2000, batch_size=512),
         rl=RL(prompts=128, samples=16, steps=600, levels=(2, 3, 4, 5), learning_rate=1e-4),
         evaluation=Evaluation(levels=(1, 2, 3, 4, 5)),
     ),
@@ -164,7 +166,7 @@ PRESETS: dict[str, Config] = {
         data_preset="mini99",
         mesh="data=-1",
         model=dataclasses.replace(_LARGE_MODEL, hidden_size=512, num_heads=8, num_kv_heads=8),
-        warmup=Warmup(steps=4000, batch_size=2048, learning_rate=1e-3, levels=(1, 2, 3, 4)),
+        warmup=Warmup(steps=2000, batch_size=2048),
         rl=RL(prompts=512, samples=16, steps=600, levels=(2, 3, 4, 5), learning_rate=2e-4),
         evaluation=Evaluation(levels=(1, 2, 3, 4, 5)),
     ),

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import pgjax as pg
 from experiments.random_calculation import build, report
@@ -93,21 +92,7 @@ class Run:
     def warm_up(self) -> Any:
         """Parameters after the supervised phase."""
         config = self.config
-        optimizer = optax.chain(
-            optax.clip_by_global_norm(1.0),
-            optax.adamw(
-                optax.warmup_cosine_decay_schedule(
-                    0.0,
-                    config.warmup.learning_rate,
-                    min(50, config.warmup.steps // 4),
-                    max(config.warmup.steps, 1),
-                    0.1 * config.warmup.learning_rate,
-                ),
-                b1=0.9,
-                b2=0.98,
-                weight_decay=0.01,
-            ),
-        )
+        optimizer = build.make_warmup_optimizer(config)
         task_config = task.PRESETS[config.data_preset]
         length = max(
             task.prompt_length_bound(task_config, n) + task.response_length_bound(task_config, n)
