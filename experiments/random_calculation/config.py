@@ -64,7 +64,7 @@ class Warmup:
 class RL:
     """Reinforcement."""
 
-    steps: int = 400
+    steps: int = 300
     """Rollout batches."""
     prompts: int = 32
     """Prompts per step."""
