@@ -26,6 +26,13 @@ class Result:
     tokens_per_second: float
 
 
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Writes a file that is either there completely or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    partial.replace(path)
+
+
 def write_report(config: Config, result: Result) -> None:
     """results.json and curves.png in the run's directory."""
     content = {
@@ -36,7 +43,7 @@ def write_report(config: Config, result: Result) -> None:
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
-    (result.directory / "results.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_json(result.directory / "results.json", content)
     records = pg.train.metrics.read_metrics(result.directory)
 
     def curve(phase: str, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -69,27 +76,30 @@ def print_report(config: Config, result: Result) -> None:
     def with_interval(a: evaluation.Accuracy) -> str:
         return f"{100 * a.average:.1f} [{100 * a.low:.1f}, {100 * a.high:.1f}]"
 
+    def change(before: float, after: float) -> str:
+        return f"{before:.0f} → {after:.0f}"
+
     k = config.evaluation.samples
     rows = [
         {
             "level": level,
-            f"before: avg@{k} [95%]": with_interval(before),
-            "after": with_interval(after),
+            f"avg@{k} before": with_interval(before),
+            f"avg@{k} after": with_interval(after),
             "gain": f"{100 * (after.average - before.average):+.1f}",
-            f"pass@{k}": f"{100 * before.pass_at_k:.1f} → {100 * after.pass_at_k:.1f}",
-            f"maj@{k}": f"{100 * before.majority_at_k:.1f} → {100 * after.majority_at_k:.1f}",
-            "tokens": f"{before.length:.1f} → {after.length:.1f}",
+            f"pass@{k}": change(100 * before.pass_at_k, 100 * after.pass_at_k),
+            f"maj@{k}": change(100 * before.majority_at_k, 100 * after.majority_at_k),
+            "tokens": change(before.length, after.length),
         }
         for level, before in result.before.items()
         for after in [result.after[level]]
     ]
-    title = "Accuracy in % on held-out (test) problems, before and after the reinforcement"
+    title = "Accuracy on held-out (test) problems in % [95% interval], by number of operators"
     rich.print(pg.train.metrics.summary_table(rows, title=title))
     seconds = result.seconds
     rich.print(
         f"{result.tokens_per_second:,.0f} sampled tokens/s in the reinforcement; "
-        f"warm-up {seconds['warmup']:.0f} s, reinforcement {seconds['reinforcement']:.0f} s, "
-        f"in all {seconds['total']:.0f} s"
+        f"warm-up {seconds['warmup']:.0f} s, reinforcement {seconds['rl']:.0f} s, "
+        f"this sitting {seconds['total']:.0f} s in all"
     )
     for path in sorted(result.directory.iterdir()):
         print(f"  {path}{'/' if path.is_dir() else ''}")

@@ -48,7 +48,7 @@ class Run:
             )
         self.directory.mkdir(parents=True, exist_ok=True)
         saved = dataclasses.asdict(dataclasses.replace(self.config, resume=False))
-        path.write_text(json.dumps(saved, indent=2, default=str) + "\n")
+        report.write_json(path, saved)
 
     def place(self, batch: Any) -> Any:
         """Spreads the rows of a batch over the mesh."""
@@ -164,7 +164,7 @@ class Run:
             "sampled": {n: a._asdict() for n, a in sampled.items()},
             "greedy": {n: a._asdict() for n, a in greedy.items()},
         }
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        report.write_json(path, content)
         return sampled
 
     def reinforce(self, initial: Any) -> tuple[Any, float]:
@@ -262,18 +262,17 @@ def run(config: Config) -> report.Result:
     started = time.perf_counter()
     this = Run(config)
     warmed = warmed_up(this)
-    warm_seconds = time.perf_counter() - started
     before = this.test("before", warmed)
-    began = time.perf_counter()
     trained, speed = this.reinforce(warmed)
-    rl_seconds = time.perf_counter() - began
     after = this.test("after", trained)
     this.writer.close()
+    records = pg.train.metrics.read_metrics(this.directory)
+    # Steps of earlier sittings of a resumed run count too; the total is this sitting's.
     seconds = {
-        "warmup": warm_seconds,
-        "reinforcement": rl_seconds,
-        "total": time.perf_counter() - started,
+        phase: sum(r["seconds"] for r in records if r["phase"] == phase)
+        for phase in ("warmup", "rl")
     }
+    seconds["total"] = time.perf_counter() - started
     result = report.Result(this.directory, before, after, seconds, speed)
     report.write_report(config, result)
     return result
@@ -281,17 +280,17 @@ def run(config: Config) -> report.Result:
 
 def warmed_up(this: Run) -> Any:
     """The decoder's parameters after the warm-up: this run's, or another's that it starts from."""
-    own = this.directory / "checkpoints" / "warmed_up"
     like = pg.parallel.shard(this.params["decoder"], this.shardings["decoder"])
     source = this.config.warmup_from
-    directory = own if source is None else source / "checkpoints" / "warmed_up"
-    if source is None and not own.exists():
+    if source is not None:
+        directory = source / "checkpoints" / "warmed_up"
+        if not directory.is_dir():
+            raise FileNotFoundError(f"warmup_from: no warmed-up model in {directory}")
+        with pg.train.checkpoints.open_readonly(directory) as saved:
+            return saved.restore(like=like)[0]
+    with pg.train.checkpoints.open(this.directory / "checkpoints" / "warmed_up") as saved:
+        if saved.latest_step() is not None:
+            return saved.restore(like=like)[0]
         params = this.warm_up()
-        with pg.train.checkpoints.open(own) as saved:
-            saved.save(this.config.warmup.steps, params)
+        saved.save(this.config.warmup.steps, params)
         return params
-    if not directory.is_dir():
-        raise FileNotFoundError(f"warmup_from: no warmed-up model in {directory}")
-    with pg.train.checkpoints.open_readonly(directory) as saved:
-        params, _ = saved.restore(like=like)
-    return params
