@@ -56,10 +56,10 @@ def run_config(config: Config, seed: int, reward: main_job.RewardName) -> main_j
         data_dir=config.data_dir,
         warmup_from=None if reward == ACCURATE[0] else first,
         show_every=0,
-        warmup=dataclasses.replace(main_job.Warmup(), steps=config.warmup_steps),
-        rl=dataclasses.replace(main_job.RL(), steps=config.steps, levels=(2, 3)),
-        evaluation=dataclasses.replace(
-            main_job.Evaluation(), levels=levels, test_prompts=config.test_prompts
+        warmup=main_job.Warmup(steps=config.warmup_steps, levels=levels),
+        rl=main_job.RL(steps=config.steps, levels=(2, 3)),
+        evaluation=main_job.Evaluation(
+            levels=levels, test_prompts=config.test_prompts, every=min(50, config.steps)
         ),
     )
 

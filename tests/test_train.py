@@ -391,7 +391,7 @@ def test_fit_stops_cleanly_on_a_signal(model, tmp_path):
 TINY = [
     *("--model.hidden-size", "16", "--model.num-layers", "2", "--model.mlp-size", "32"),
     *("--model.num-heads", "2", "--model.num-kv-heads", "2"),
-    *("--warmup.steps", "12", "--warmup.batch-size", "8", "--warmup.levels", "1", "2"),
+    *("--warmup.steps", "12", "--warmup.batch-size", "8", "--warmup.levels", "1", "2", "3"),
     *("--rl.steps", "16", "--rl.prompts", "4", "--rl.samples", "4", "--rl.levels", "1", "2"),
     *("--evaluation.levels", "1", "2", "--evaluation.test-prompts", "4"),
     *("--evaluation.validation-prompts", "4", "--evaluation.every", "8"),

@@ -113,9 +113,13 @@ def prompt_length(config: Config) -> int:
     return max(task.prompt_length_bound(task.PRESETS[config.data_preset], n) for n in levels)
 
 
-def max_new_tokens(config: Config) -> int:
-    levels = config.rl.levels + config.evaluation.levels
+def response_length(config: Config, levels: tuple[int, ...]) -> int:
+    """Tokens of the longest worked response at these levels, end of sequence included."""
     return max(task.response_length_bound(task.PRESETS[config.data_preset], n) for n in levels)
+
+
+def max_new_tokens(config: Config) -> int:
+    return response_length(config, config.rl.levels + config.evaluation.levels)
 
 
 def widths(length: int) -> tuple[int, ...]:
@@ -137,7 +141,8 @@ def make_decoder(config: Config) -> tuple[pg.models.FunctionalDecoder, Any]:
         gated=model.gated,
         rope_theta=1000.0,
         tied_embeddings=False,
-        max_length=prompt_length(config) + max_new_tokens(config),
+        max_length=prompt_length(config)
+        + max(max_new_tokens(config), response_length(config, config.warmup.levels)),
         dtype=model.dtype,
         remat=model.remat,
     )
