@@ -443,7 +443,9 @@ def final_params(directory):
 
 def test_killed_ten_times_the_run_ends_with_identical_parameters(environment, tmp_path):
     """SIGKILL at random moments, ten times over one run: the end is the uninterrupted run's."""
-    code, output = finish(start(environment, *TINY, "--out", str(tmp_path / "whole")))
+    # Long enough that ten short sittings cannot reach the end.
+    long = [*TINY, "--rl.steps", "60"]
+    code, output = finish(start(environment, *long, "--out", str(tmp_path / "whole")))
     assert code == 0, output
     rng = random.Random(0)
     broken = tmp_path / "broken"
@@ -451,7 +453,7 @@ def test_killed_ten_times_the_run_ends_with_identical_parameters(environment, tm
     log = broken / "metrics.jsonl"
     while kills < 10:
         arguments = ["--out", str(broken)] + (
-            ["--resume"] if (broken / "config.json").exists() else TINY
+            ["--resume"] if (broken / "config.json").exists() else long
         )
         process = start(environment, *arguments)
         lines = len(log.read_text().splitlines()) if log.exists() else 0
@@ -477,7 +479,7 @@ def test_killed_ten_times_the_run_ends_with_identical_parameters(environment, tm
     for name in want:
         np.testing.assert_array_equal(got[name], want[name], err_msg=name)
     steps = [r["step"] for r in train.metrics.read_metrics(broken) if r["phase"] == "rl"]
-    assert steps == list(range(1, 17))
+    assert steps == list(range(1, 61))
     results = [json.loads((d / "results.json").read_text()) for d in (tmp_path / "whole", broken)]
     assert results[0]["after"] == results[1]["after"]
 
