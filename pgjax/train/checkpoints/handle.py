@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
+import weakref
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, TypeVar
@@ -23,6 +25,24 @@ _Tree = TypeVar("_Tree")
 def _first_line(error: BaseException) -> str:
     line = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {line[:300]}"
+
+
+def _close_before_exit(handle: Checkpoints) -> None:
+    """Lets a process that never calls `close` finish its last save, and end.
+
+    The writing threads need executors, which refuse work once the interpreter shuts down, and
+    then wait for each other for ever. `atexit` comes after that; this hook, which the executors
+    themselves use, comes before, since the last one registered is called first.
+    """
+    reference = weakref.ref(handle)
+
+    def close() -> None:
+        if (alive := reference()) is not None:
+            alive.close()
+
+    register = getattr(threading, "_register_atexit", None)  # not public; there since Python 3.9
+    if register is not None:
+        register(close)
 
 
 class Checkpoints:
@@ -55,6 +75,8 @@ class Checkpoints:
             else manager.reading(directory)
         )
         self._read_scores()
+        if writable:
+            _close_before_exit(self)
 
     @property
     def directory(self) -> str:
