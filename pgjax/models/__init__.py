@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
-from pgjax.models.cache import CompletionCache, PrefixCache, empty_completion_cache
-from pgjax.models.config import DecoderConfig
-from pgjax.models.decoder import FunctionalDecoder, abstract_params, init
+from pgjax.models.cache import (
+    CompletionCache,
+    PrefixCache,
+    SlotCache,
+    empty_completion_cache,
+    empty_slot_cache,
+    insert_prefix,
+)
+from pgjax.models.config import AttentionKind, DecoderConfig, MoEConfig
 from pgjax.models.heads import value_head_apply, value_head_init, value_head_logical_axes
+from pgjax.models.interface import FunctionalDecoder, abstract_params, init
+from pgjax.models.moe import Routing, load_balancing_loss, router_z_loss
+from pgjax.models.rotary import Rotary
 
 __all__ = [
+    "AttentionKind",
     "CompletionCache",
     "DecoderConfig",
     "FunctionalDecoder",
+    "MoEConfig",
     "PrefixCache",
+    "Rotary",
+    "Routing",
+    "SlotCache",
     "abstract_params",
     "empty_completion_cache",
+    "empty_slot_cache",
     "init",
+    "insert_prefix",
+    "load_balancing_loss",
+    "router_z_loss",
     "value_head_apply",
     "value_head_init",
     "value_head_logical_axes",

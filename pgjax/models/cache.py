@@ -1,10 +1,16 @@
-"""Keys and values kept while sampling, in two parts: one per prompt, one per sequence."""
+"""Keys and values kept while sampling.
+
+Every array of a cache holds the layers of one kind of attention. A window's layers hold a ring:
+position p lies in slot `p mod C`, and C is the window (and what a row may be ahead of it), however
+long the row becomes.
+"""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from pgjax import _checks
 from pgjax.models.config import DecoderConfig
 from pgjax.types import pytree_dataclass
 
@@ -14,39 +20,155 @@ class PrefixCache:
     """The prompts' keys and values, shared by all sequences of a prompt.
 
     Attributes:
-      keys, values: right-padded, in the model's compute dtype.
+      keys, values: one array per kind of attention, in the model's compute dtype; C is the
+        prompts' width, or the window where that is less.
       lengths: real tokens of each prompt.
     """
 
-    keys: Float[Array, "L P kv_heads Tp D"]
-    values: Float[Array, "L P kv_heads Tp D"]
+    keys: tuple[Float[Array, "L P kv_heads C D"], ...]
+    values: tuple[Float[Array, "L P kv_heads C D"], ...]
     lengths: Int[Array, " P"]
 
 
 @pytree_dataclass
 class CompletionCache:
-    """The completions' keys and values; slot n is the same step of every sequence.
+    """The completions' keys and values, every sequence being at the same step.
 
     The samples' axis lies behind the heads', so that samples of one prompt meet its shared prefix
     in one matrix product per prompt and head.
 
     Attributes:
-      keys, values: slot n of sequence (p, g) holds position `lengths[p] + n`.
+      keys, values: one array per kind of attention. Step n of sequence (p, g), which holds
+        position `lengths[p] + n`, lies in slot `n mod C`; C is the number of steps, or the window
+        where that is less.
     """
 
-    keys: Float[Array, "L P kv_heads G N D"]
-    values: Float[Array, "L P kv_heads G N D"]
+    keys: tuple[Float[Array, "L P kv_heads G C D"], ...]
+    values: tuple[Float[Array, "L P kv_heads G C D"], ...]
+
+
+@pytree_dataclass
+class SlotCache:
+    """Keys and values of sequences that each are at a position of their own.
+
+    Attributes:
+      keys, values: one array per kind of attention; position p of slot s lies in `p mod C`.
+    """
+
+    keys: tuple[Float[Array, "L S kv_heads C D"], ...]
+    values: tuple[Float[Array, "L S kv_heads C D"], ...]
+
+
+def layers_of_kind(config: DecoderConfig, kind: int) -> list[int]:
+    """The layers whose keys and values lie in a cache's array number `kind`."""
+    return [layer for layer, k in enumerate(config.kind_indices) if k == kind]
 
 
 def empty_completion_cache(
     config: DecoderConfig, *, num_prompts: int, num_samples: int, num_slots: int
 ) -> CompletionCache:
     """Zeros with room for `num_slots` tokens of each of `num_prompts · num_samples` sequences."""
-    assert config.num_kv_heads is not None and config.head_dim is not None
-    shape = (
-        *(config.num_layers, num_prompts, config.num_kv_heads),
-        *(num_samples, num_slots, config.head_dim),
-    )
-    return CompletionCache(
-        keys=jnp.zeros(shape, config.dtype), values=jnp.zeros(shape, config.dtype)
+
+    def zeros() -> tuple[Array, ...]:
+        return tuple(
+            jnp.zeros(
+                (
+                    *(len(layers_of_kind(config, index)), num_prompts, config.num_kv_heads),
+                    *(num_samples, _least(num_slots, kind.window), config.head_dim),
+                ),
+                config.dtype,
+            )
+            for index, kind in enumerate(config.kinds)
+        )
+
+    return CompletionCache(keys=zeros(), values=zeros())
+
+
+def empty_slot_cache(
+    config: DecoderConfig, *, num_slots: int, capacity: int, lookahead: int = 1
+) -> SlotCache:
+    """Zeros for `num_slots` sequences.
+
+    Args:
+      config: of the decoder.
+      num_slots: S.
+      capacity: longest sequence, prompt and completion together.
+      lookahead: most tokens that `extend` is given at once. A window's layers need that much more
+        than their window, so that tokens taken back have not overwritten what is still seen.
+
+    Raises:
+      ValueError: a number below 1.
+    """
+    _checks.in_range("num_slots", num_slots, 1)
+    _checks.in_range("capacity", capacity, 1)
+    _checks.in_range("lookahead", lookahead, 1)
+
+    def zeros() -> tuple[Array, ...]:
+        result = []
+        for index, kind in enumerate(config.kinds):
+            window = None if kind.window is None else kind.window + lookahead - 1
+            shape = (
+                *(len(layers_of_kind(config, index)), num_slots, config.num_kv_heads),
+                *(_least(capacity, window), config.head_dim),
+            )
+            result.append(jnp.zeros(shape, config.dtype))
+        return tuple(result)
+
+    return SlotCache(keys=zeros(), values=zeros())
+
+
+def _least(size: int, window: int | None) -> int:
+    return size if window is None else min(size, window)
+
+
+def ring_positions(
+    newest: Int[Array, "*rows"], capacity: int
+) -> tuple[Int[Array, "*rows C"], Bool[Array, "*rows C"]]:
+    """The position each slot of a ring holds when `newest` was written last, and whether it is one.
+
+    Slot c holds the largest `p <= newest` with `p mod C = c`; below 0 it holds nothing.
+    """
+    newest = jnp.asarray(newest)[..., None]
+    positions = newest - (newest - jnp.arange(capacity)) % capacity
+    return positions, positions >= 0
+
+
+def as_ring(
+    rows: Float[Array, "L P kv_heads T D"], newest: Int[Array, " P"], capacity: int
+) -> Float[Array, "L P kv_heads C D"]:
+    """Rows that hold position p in slot `p mod T`, as rings of another capacity."""
+    positions, _ = ring_positions(newest, capacity)
+    source = positions % rows.shape[3]
+    return jnp.take_along_axis(rows, source[None, :, None, :, None], axis=3)
+
+
+def insert_prefix(
+    cache: SlotCache, prefix: PrefixCache, rows: Int[Array, " R"], slots: Int[Array, " R"]
+) -> SlotCache:
+    """Copies prompts into slots: row `rows[i]` of the prefix into slot `slots[i]`.
+
+    Args:
+      cache: with room for at least the prompts' width.
+      prefix: from `FunctionalDecoder.prefill`.
+      rows: in [0, P), in any order and as often as wanted.
+      slots: all different; those of S or more are left out.
+
+    Returns:
+      the cache, other slots as they were. The sequences' lengths are the caller's to keep.
+
+    Raises:
+      ValueError: ranks or dtypes, or different numbers of rows and slots.
+    """
+    _checks.rank("rows", rows, 1)
+    _checks.rank("slots", slots, 1)
+    _checks.integer(rows=rows, slots=slots)
+    _checks.same_shape(rows=rows, slots=slots)
+    newest = prefix.lengths[rows] - 1
+
+    def insert(into: Array, source: Array) -> Array:
+        return into.at[:, slots].set(as_ring(source[:, rows], newest, into.shape[3]), mode="drop")
+
+    return SlotCache(
+        keys=tuple(insert(*pair) for pair in zip(cache.keys, prefix.keys, strict=True)),
+        values=tuple(insert(*pair) for pair in zip(cache.values, prefix.values, strict=True)),
     )

@@ -1,23 +1,35 @@
-"""One decoder-only transformer, and the pure functions through which the library uses it."""
+"""One decoder-only transformer as an NNX module: whole rows, prompts, and steps over a cache."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
-from pgjax import _checks
-from pgjax.models import functional
-from pgjax.models.cache import CompletionCache, PrefixCache
+from pgjax.models import attention
+from pgjax.models.attention import AttentionSettings, CachePart
+from pgjax.models.cache import (
+    CompletionCache,
+    PrefixCache,
+    SlotCache,
+    as_ring,
+    layers_of_kind,
+    ring_positions,
+)
 from pgjax.models.config import DecoderConfig
-from pgjax.models.layers import Layer, kernel, norm_scale
+from pgjax.models.layers import Layer, add_norm, kernel, normed, value
+from pgjax.models.moe import Routing
+from pgjax.models.rotary import rotary_tables, rotate
 
-Params = dict[str, Any]
+Tables = tuple[Array, Array] | None
+# (kind, index within the kind's cache arrays, query, key, value, sinks, cached keys, cached values)
+# -> (attended, new cached keys, new cached values)
+CachedAttend = Callable[..., tuple[Array, Array, Array]]
 
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -35,6 +47,9 @@ class Decoder(nnx.Module):
         hidden, vocab = config.hidden_size, config.vocab_size
         self.config = config
         self.embedding = kernel(config, rngs, (vocab, hidden), ("vocab", "embed"), fan_in=hidden)
+        if config.learned_positions:
+            shape = (config.max_length, hidden)
+            self.position_embedding = kernel(config, rngs, shape, (None, "embed"), fan_in=hidden)
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
@@ -42,256 +57,262 @@ class Decoder(nnx.Module):
             return Layer(config, rngs)
 
         self.layers = stacked(rngs)
-        self.norm = norm_scale(config, hidden, "embed")
+        add_norm(self, config, "norm")
         if not config.tied_embeddings:
             self.unembedding = kernel(
                 config, rngs, (hidden, vocab), ("embed", "vocab"), fan_in=hidden
             )
 
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T H"]:
-        rotary = self._rotary(jnp.arange(tokens.shape[1]))
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None,
+        segment_ids: Int[Array, "B T"] | None,
+        experts: Int[Array, "L B T k"] | None,
+    ) -> tuple[Float[Array, "B T H"], Routing | None]:
+        x, _, routing = self._rows(tokens, positions, segment_ids, experts, keep=False)
+        return self._final_norm(x), routing
 
-        def layer(x: Array, state: Any) -> tuple[Array, None]:
-            def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
-                key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-                return functional.causal_attention(query, key, value), None
+    def prefill(
+        self, tokens: Int[Array, "P Tp"], lengths: Int[Array, " P"]
+    ) -> tuple[Float[Array, "P H"], PrefixCache, Routing | None]:
+        x, (keys, values), routing = self._rows(tokens, None, None, None, keep=True)
+        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
 
-            return nnx.merge(graphdef, state)(x, rotary, attend)
+        def by_kind(rows: Array) -> tuple[Array, ...]:
+            result = []
+            for index, kind in enumerate(self.config.kinds):
+                chosen = rows
+                if len(self.config.kinds) > 1:
+                    chosen = rows[jnp.array(layers_of_kind(self.config, index))]
+                if kind.window is not None and kind.window < rows.shape[3]:
+                    chosen = as_ring(chosen, lengths - 1, kind.window)
+                result.append(chosen)
+            return tuple(result)
+
+        cache = PrefixCache(keys=by_kind(keys), values=by_kind(values), lengths=lengths)
+        return self._final_norm(last), cache, routing
+
+    def decode_step(
+        self,
+        tokens: Int[Array, "P G"],
+        prefix: PrefixCache,
+        completion: CompletionCache,
+        step: Int[Array, ""],
+    ) -> tuple[Float[Array, "P G H"], CompletionCache, Array | None]:
+        newest = prefix.lengths + step
+        positions = newest[:, None]
+        tables = self._tables(positions)
+
+        def attend(
+            kind: int, index: Any, query: Array, key: Array, new: Array, sinks: Any, *cache: Array
+        ) -> tuple[Array, Array, Array]:
+            settings = self._settings(kind)
+            query, key = _rotated(query, key, tables[kind])
+
+            def write(cached: Array, rows: Array) -> Array:
+                rows = rows.swapaxes(1, 2)[None, :, :, :, None]  # [1, P, kv_heads, G, 1, D]
+                start = (index, 0, 0, 0, step % cached.shape[4], 0)
+                return jax.lax.dynamic_update_slice(cached, rows, start)
+
+            keys, values = write(cache[0], key), write(cache[1], new)
+            of_prompt = (_at(x[kind], index) for x in (prefix.keys, prefix.values))
+            held, real = ring_positions(prefix.lengths - 1, prefix.keys[kind].shape[3])
+            # Slots of a prompt's padding hold nothing, whatever position they stand for.
+            seen = real & attention.attendable(positions, held, window=settings.window)
+            steps, taken = ring_positions(step, keys.shape[4])
+            own = taken & attention.attendable(
+                positions, prefix.lengths[:, None] + steps, window=settings.window
+            )
+            attended = attention.cached_attention(
+                query,
+                (
+                    CachePart(*of_prompt, seen[:, None]),
+                    CachePart(_at(keys, index), _at(values, index), own[:, None]),
+                ),
+                settings=settings,
+                sinks=sinks,
+            )
+            return attended, keys, values
+
+        x, cache, experts = self._cached(
+            self._embed(tokens, positions), completion.keys, completion.values, attend
+        )
+        return self._final_norm(x), CompletionCache(keys=cache[0], values=cache[1]), experts
+
+    def extend(
+        self, tokens: Int[Array, "S K"], cache: SlotCache, lengths: Int[Array, " S"]
+    ) -> tuple[Float[Array, "S K H"], SlotCache, Array | None]:
+        count = tokens.shape[1]
+        positions = lengths[:, None] + jnp.arange(count)  # [S, K]
+        newest = lengths + count - 1
+        tables = self._tables(positions)
+        slots = jnp.arange(tokens.shape[0])[:, None]
+
+        def attend(
+            kind: int, index: Any, query: Array, key: Array, new: Array, sinks: Any, *cache: Array
+        ) -> tuple[Array, Array, Array]:
+            settings = self._settings(kind)
+            query, key = _rotated(query, key, tables[kind])
+            capacity = cache[0].shape[3]
+            # A ring wraps around; a cache of whole rows does not, and drops what is beyond it.
+            place = positions if settings.window is None else positions % capacity
+
+            def write(cached: Array, rows: Array) -> Array:
+                return cached.at[index, slots, :, place].set(rows, mode="drop")
+
+            keys, values = write(cache[0], key), write(cache[1], new)
+            held, real = ring_positions(newest, capacity)
+            mask = real[:, None] & attention.attendable(
+                positions[:, :, None], held[:, None], window=settings.window
+            )
+            part = CachePart(_at(keys, index), _at(values, index), mask)
+            attended = attention.cached_attention(query, (part,), settings=settings, sinks=sinks)
+            return attended, keys, values
+
+        x, arrays, experts = self._cached(
+            self._embed(tokens, positions), cache.keys, cache.values, attend
+        )
+        return self._final_norm(x), SlotCache(keys=arrays[0], values=arrays[1]), experts
+
+    def _rows(
+        self,
+        tokens: Array,
+        positions: Array | None,
+        segment_ids: Array | None,
+        experts: Array | None,
+        *,
+        keep: bool,
+    ) -> tuple[Array, Any, Routing | None]:
+        """All layers over whole rows; their keys and values `[L, B, kv_heads, T, D]` on demand."""
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1])
+        tables = self._tables(positions)
+
+        def of_kind(kind: int) -> Callable[..., tuple[Array, Any]]:
+            def attend(query: Array, key: Array, new: Array, sinks: Any) -> tuple[Array, Any]:
+                query, key = _rotated(query, key, tables[kind])
+                key, new = key.swapaxes(1, 2), new.swapaxes(1, 2)
+                attended = attention.sequence_attention(
+                    query,
+                    key,
+                    new,
+                    settings=self._settings(kind),
+                    segment_ids=segment_ids,
+                    sinks=sinks,
+                )
+                return attended, (key, new) if keep else None
+
+            return attend
+
+        branches = [of_kind(kind) for kind in range(len(self.config.kinds))]
+
+        def layer(x: Array, scanned: Any) -> tuple[Array, Any]:
+            state, kind, forced = scanned
+
+            def attend(*projected: Any) -> tuple[Array, Any]:
+                if len(branches) == 1:
+                    return branches[0](*projected)
+                return jax.lax.switch(kind, branches, *projected)
+
+            x, kept, routing = nnx.merge(graphdef, state)(x, attend, forced)
+            return x, (kept, routing)
 
         graphdef, states = nnx.split(self.layers)
         if self.config.remat is not None:
             policy = _REMAT_POLICIES[self.config.remat]
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-        x, _ = jax.lax.scan(layer, self._embed(tokens), states)
-        return self._final_norm(x)
-
-    def prefill(
-        self, tokens: Int[Array, "P Tp"], lengths: Int[Array, " P"]
-    ) -> tuple[Float[Array, "P H"], PrefixCache]:
-        rotary = self._rotary(jnp.arange(tokens.shape[1]))
-
-        def layer(x: Array, state: Any) -> tuple[Array, tuple[Array, Array]]:
-            def attend(query: Array, key: Array, value: Array) -> tuple[Array, Any]:
-                key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-                return functional.causal_attention(query, key, value), (key, value)
-
-            return nnx.merge(graphdef, state)(x, rotary, attend)
-
-        graphdef, states = nnx.split(self.layers)
-        x, (keys, values) = jax.lax.scan(layer, self._embed(tokens), states)
-        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return self._final_norm(last), PrefixCache(keys=keys, values=values, lengths=lengths)
-
-    def decode_step(
-        self,
-        tokens: Int[Array, "P G"],
-        prefix: PrefixCache,
-        completion: CompletionCache,
-        step: Int[Array, ""],
-    ) -> tuple[Float[Array, "P G H"], CompletionCache]:
-        rotary = self._rotary((prefix.lengths + step)[:, None])
-
-        # The whole stacked cache is carried and only one slot of it written, in place; as an
-        # output of the scan it would be copied at every step.
-        def layer(
-            carry: tuple[Array, Array, Array], scanned: tuple[Any, Array, Array, Array]
-        ) -> tuple[tuple[Array, Array, Array], None]:
-            x, keys, values = carry
-            state, prefix_keys, prefix_values, index = scanned
-
-            def write(cache: Array, new: Array) -> Array:
-                new = new.swapaxes(1, 2)[None, :, :, :, None]  # [1, P, kv_heads, G, 1, D]
-                return jax.lax.dynamic_update_slice(cache, new, (index, 0, 0, 0, step, 0))
-
-            def attend(query: Array, key: Array, value: Array) -> tuple[Array, Any]:
-                new_keys, new_values = write(keys, key), write(values, value)
-                attended = functional.cached_attention(
-                    query,
-                    prefix_keys,
-                    prefix_values,
-                    jax.lax.dynamic_index_in_dim(new_keys, index, keepdims=False),
-                    jax.lax.dynamic_index_in_dim(new_values, index, keepdims=False),
-                    prefix_lengths=prefix.lengths,
-                    step=step,
-                )
-                return attended, (new_keys, new_values)
-
-            x, (keys, values) = nnx.merge(graphdef, state)(x, rotary, attend)
-            return (x, keys, values), None
-
-        graphdef, states = nnx.split(self.layers)
-        (x, keys, values), _ = jax.lax.scan(
-            layer,
-            (self._embed(tokens), completion.keys, completion.values),
-            (states, prefix.keys, prefix.values, jnp.arange(self.config.num_layers)),
+        kinds = jnp.array(self.config.kind_indices)
+        x, (kept, routing) = jax.lax.scan(
+            layer, self._embed(tokens, positions), (states, kinds, experts)
         )
-        return self._final_norm(x), CompletionCache(keys=keys, values=values)
+        if routing is None:
+            return x, kept, None
+        return x, kept, Routing(logits=routing[0], experts=routing[1])
 
-    def _embed(self, tokens: Array) -> Array:
-        return jnp.take(self.embedding[...], tokens, axis=0).astype(self.config.dtype)
+    def _cached(
+        self, x: Array, keys: tuple[Array, ...], values: tuple[Array, ...], attend: CachedAttend
+    ) -> tuple[Array, tuple[tuple[Array, ...], tuple[Array, ...]], Array | None]:
+        """All layers over a cache, whose arrays are carried and written in place.
 
-    def _rotary(self, positions: Array) -> tuple[Array, Array]:
+        The loop's body holds one period of the layers' kinds, so each layer's cache array, and
+        its window, is known when the program is made.
+        """
+        kinds = self.config.kind_indices
+        layers = self.config.num_layers
+        period = next(
+            p for p in range(1, layers + 1) if all(k == kinds[i % p] for i, k in enumerate(kinds))
+        )
+        graphdef, states = nnx.split(self.layers)
+        sizes = self.config.moe
+        chosen = (
+            None
+            if sizes is None
+            else jnp.zeros((layers, *x.shape[:-1], sizes.experts_per_token), jnp.int32)
+        )
+
+        def run(carry: Any, layer: Any, kind: int, index: Any) -> Any:
+            x, keys, values, chosen = carry
+
+            def attend_here(query: Array, key: Array, new: Array, sinks: Any) -> tuple[Array, Any]:
+                arrays = (keys[kind], values[kind])
+                attended, *written = attend(kind, index, query, key, new, sinks, *arrays)
+                return attended, written
+
+            state = jax.tree.map(functools.partial(_at, index=layer), states)
+            x, (new_keys, new_values), routing = nnx.merge(graphdef, state)(x, attend_here)
+            if routing is not None:
+                chosen = jax.lax.dynamic_update_index_in_dim(chosen, routing[1], layer, 0)
+            keys = (*keys[:kind], new_keys, *keys[kind + 1 :])
+            values = (*values[:kind], new_values, *values[kind + 1 :])
+            return x, keys, values, chosen
+
+        def block(i: Any, carry: Any) -> Any:
+            for j, kind in enumerate(kinds[:period]):
+                index = i * kinds[:period].count(kind) + kinds[:j].count(kind)
+                carry = run(carry, i * period + j, kind, index)
+            return carry
+
+        whole = layers // period
+        carry = jax.lax.fori_loop(0, whole, block, (x, keys, values, chosen))
+        for layer in range(whole * period, layers):
+            carry = run(carry, layer, kinds[layer], kinds[:layer].count(kinds[layer]))
+        x, keys, values, chosen = carry
+        return x, (keys, values), chosen
+
+    def _embed(self, tokens: Array, positions: Array) -> Array:
+        x = jnp.take(value(self.embedding), tokens, axis=0).astype(self.config.dtype)
+        if self.config.embedding_scale is not None:
+            x *= jnp.asarray(self.config.embedding_scale, x.dtype)
+        if self.config.learned_positions:
+            x += jnp.take(value(self.position_embedding), positions, axis=0).astype(x.dtype)
+        return x
+
+    def _tables(self, positions: Array) -> list[Tables]:
+        """The rotation of these positions, for each kind of attention."""
+        dim = self.config.head_dim
+        assert dim is not None
+        return [
+            None if kind.rotary is None else rotary_tables(positions, kind.rotary, head_dim=dim)
+            for kind in self.config.kinds
+        ]
+
+    def _settings(self, kind: int) -> AttentionSettings:
+        scale = self.config.query_scale
         assert self.config.head_dim is not None
-        return functional.rotary_tables(
-            positions, head_dim=self.config.head_dim, theta=self.config.rope_theta
+        return AttentionSettings(
+            scale=self.config.head_dim**-0.5 if scale is None else scale,
+            window=self.config.kinds[kind].window,
+            soft_cap=self.config.attention_soft_cap,
         )
 
     def _final_norm(self, x: Array) -> Array:
-        return functional.rms_norm(x, self.norm[...], epsilon=self.config.norm_epsilon)
+        return normed(self, self.config, x, "norm")
 
 
-@dataclasses.dataclass(frozen=True)
-class FunctionalDecoder:
-    """A decoder as pure functions of its parameters, a nested dict of arrays.
-
-    Hashable and equal by its configuration, so it can be a static argument of `jax.jit`.
-
-    Attributes:
-      config: what the decoder is.
-    """
-
-    config: DecoderConfig
-
-    def apply(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T H"]:
-        """Hidden states after the final norm, before the unembedding.
-
-        Row b, position t depends on `tokens[b, :t + 1]` alone (causal, positions from 0), so
-        padding on the right changes nothing before it.
-
-        Args:
-          params: from `init`.
-          tokens: ids in [0, vocab_size), right-padded with any id. Larger ids give NaN.
-
-        Returns:
-          hidden states in the configuration's `dtype`.
-
-        Raises:
-          ValueError: wrong rank or dtype of `tokens`, or rows longer than `max_length`.
-        """
-        self._check_rows(tokens)
-        return self._merge(params)(tokens)
-
-    def unembedding(self, params: Params) -> Float[Array, "H V"]:
-        """The matrix from hidden states to logits; the embedding transposed where tied."""
-        if self.config.tied_embeddings:
-            return params["embedding"].T
-        return params["unembedding"]
-
-    def logits(self, params: Params, hidden: Float[Array, "*batch H"]) -> Float[Array, "*batch V"]:
-        """Logits of the next token, float32: `hidden @ unembedding`, then the soft cap if any.
-
-        Args:
-          params: from `init`.
-          hidden: from `apply`, `prefill` or `decode_step`.
-
-        Returns:
-          `c · tanh(logits / c)` with `logit_soft_cap` c, else the product itself.
-        """
-        unembedding = self.unembedding(params).astype(self.config.dtype)
-        logits = jnp.matmul(
-            hidden.astype(self.config.dtype), unembedding, preferred_element_type=jnp.float32
-        )
-        cap = self.config.logit_soft_cap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
-
-    def prefill(
-        self, params: Params, tokens: Int[Array, "P Tp"], lengths: Int[Array, " P"]
-    ) -> tuple[Float[Array, "P H"], PrefixCache]:
-        """Runs the prompts once.
-
-        Args:
-          params: from `init`.
-          tokens: prompts, right-padded.
-          lengths: real tokens of each prompt, in [1, Tp].
-
-        Returns:
-          the hidden state of each prompt's last real token (it predicts the first new token), and
-          the prompts' keys and values.
-        """
-        self._check_rows(tokens)
-        _checks.integer(lengths=lengths)
-        if jnp.shape(lengths) != (tokens.shape[0],):
-            raise ValueError(
-                f"lengths: expected shape {(tokens.shape[0],)}, got {jnp.shape(lengths)}"
-            )
-        return self._merge(params).prefill(tokens, lengths)
-
-    def decode_step(
-        self,
-        params: Params,
-        tokens: Int[Array, "P G"],
-        prefix: PrefixCache,
-        completion: CompletionCache,
-        step: Int[Array, ""],
-    ) -> tuple[Float[Array, "P G H"], CompletionCache]:
-        """Runs one new token of every sequence.
-
-        Args:
-          params: from `init`.
-          tokens: token `step` of each completion, at position `prefix.lengths[p] + step`.
-          prefix: from `prefill`.
-          completion: the slots before `step` are filled.
-          step: in [0, number of slots).
-
-        Returns:
-          the tokens' hidden states, and the cache with slot `step` filled.
-        """
-        _checks.rank("tokens", tokens, 2)
-        _checks.integer(tokens=tokens)
-        return self._merge(params).decode_step(tokens, prefix, completion, step)
-
-    def logical_axes(self) -> Params:
-        """A tree like the parameters with the logical names of each array's axes, as tuples."""
-        _, state = _skeleton(self.config)
-        tree: Params = {}
-        for path, param in nnx.to_flat_state(state):
-            *branches, leaf = map(str, path)
-            branch = tree
-            for name in branches:
-                branch = branch.setdefault(name, {})
-            axes = param.get_metadata("axes")
-            branch[leaf] = ("layers", *axes) if path[0] == "layers" else axes
-        return tree
-
-    def _merge(self, params: Params) -> Decoder:
-        return nnx.merge(_skeleton(self.config)[0], params)
-
-    def _check_rows(self, tokens: Any) -> None:
-        _checks.rank("tokens", tokens, 2)
-        _checks.integer(tokens=tokens)
-        if tokens.shape[1] > self.config.max_length:
-            raise ValueError(
-                f"tokens: expected rows of at most max_length {self.config.max_length} tokens, "
-                f"got shape {tokens.shape}"
-            )
+def _rotated(query: Array, key: Array, tables: Tables) -> tuple[Array, Array]:
+    return (query, key) if tables is None else (rotate(query, tables), rotate(key, tables))
 
 
-def init(config: DecoderConfig, key: PRNGKeyArray) -> tuple[FunctionalDecoder, Params]:
-    """A decoder and fresh parameters.
-
-    Args:
-      config: what the decoder is.
-      key: randomness of the initial values.
-
-    Returns:
-      the decoder's functions, and its parameters as a nested dict of arrays; arrays of the layers
-      have the layer as leading axis.
-    """
-    return FunctionalDecoder(config), _init_params(config, key)
-
-
-def abstract_params(config: DecoderConfig) -> Params:
-    """The parameters' tree of `jax.ShapeDtypeStruct`s; nothing is allocated."""
-    return nnx.to_pure_dict(_skeleton(config)[1])
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _init_params(config: DecoderConfig, key: PRNGKeyArray) -> Params:
-    return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(params=key))))
-
-
-@functools.lru_cache(maxsize=64)
-def _skeleton(config: DecoderConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """The module's static part and the shapes of its parameters."""
-    module = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(params=jax.random.key(0))))
-    return nnx.split(module)
+def _at(stack: Array, index: Any) -> Array:
+    return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)

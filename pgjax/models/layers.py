@@ -8,19 +8,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from pgjax.models import functional
-from pgjax.models.config import DecoderConfig
+from pgjax.models import functional, linear, moe
+from pgjax.models.config import DecoderConfig, MoEConfig
 
-# (query, key, value) -> (attended, whatever the caller wants back, such as a cache)
-Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+# (query, key, value, sinks) -> (attended, whatever the caller wants back, such as a cache)
+Attend = Callable[[Array, Array, Array, Array | None], tuple[Array, Any]]
+# Router logits and chosen experts of one layer; None where there is no mixture.
+LayerRouting = tuple[Array, Array] | None
 
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": jax.nn.gelu,
-    "relu": jax.nn.relu,
-}
+
+def value(param: nnx.Param) -> Any:
+    """What a parameter holds: an array, or a pytree that stands for one (see `linear`)."""
+    return param.get_value() if hasattr(param, "get_value") else param.value
 
 
 def kernel(
@@ -38,9 +39,19 @@ def kernel(
     return nnx.Param((stddev * draws).astype(config.param_dtype), axes=axes)
 
 
+def zeros(config: DecoderConfig, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    """A bias."""
+    return nnx.Param(jnp.zeros(shape, config.param_dtype), axes=axes)
+
+
 def norm_scale(config: DecoderConfig, size: int, axis: str) -> nnx.Param:
-    """The scale of an RMSNorm, ones."""
-    return nnx.Param(jnp.ones(size, config.param_dtype), axes=(axis,))
+    """The scale of a norm that does nothing but normalise."""
+    start = 1.0 - config.norm_scale_offset
+    return nnx.Param(jnp.full(size, start, config.param_dtype), axes=(axis,))
+
+
+def _residual_scale(config: DecoderConfig) -> float:
+    return (2 * config.num_layers) ** -0.5
 
 
 class Attention(nnx.Module):
@@ -51,41 +62,62 @@ class Attention(nnx.Module):
         hidden, heads, dim = config.hidden_size, config.num_heads, config.head_dim
         kv_heads = config.num_kv_heads
         self.config = config
-        self.query = kernel(
-            config, rngs, (hidden, heads, dim), ("embed", "heads", "head_dim"), fan_in=hidden
-        )
-        self.key = kernel(
-            config, rngs, (hidden, kv_heads, dim), ("embed", "kv_heads", "head_dim"), fan_in=hidden
-        )
-        self.value = kernel(
-            config, rngs, (hidden, kv_heads, dim), ("embed", "kv_heads", "head_dim"), fan_in=hidden
-        )
+        for name, count, axis in (
+            ("query", heads, "heads"),
+            ("key", kv_heads, "kv_heads"),
+            ("value", kv_heads, "kv_heads"),
+        ):
+            shape, axes = (hidden, count, dim), ("embed", axis, "head_dim")
+            setattr(self, name, kernel(config, rngs, shape, axes, fan_in=hidden))
+            if config.qkv_bias:
+                setattr(self, f"{name}_bias", zeros(config, shape[1:], axes[1:]))
         self.output = kernel(
             config,
             rngs,
             (heads, dim, hidden),
             ("heads", "head_dim", "embed"),
             fan_in=heads * dim,
-            scale=(2 * config.num_layers) ** -0.5,
+            scale=_residual_scale(config),
         )
-        if config.qk_norm:
+        if config.output_bias:
+            self.output_bias = zeros(config, (hidden,), ("embed",))
+        if config.qk_norm == "head":
             self.query_norm = norm_scale(config, dim, "head_dim")
             self.key_norm = norm_scale(config, dim, "head_dim")
+        elif config.qk_norm == "projection":
+            self.query_norm = norm_scale(config, heads * dim, "heads")
+            self.key_norm = norm_scale(config, kv_heads * dim, "kv_heads")
+        if config.attention_sinks:
+            self.sinks = zeros(config, (heads,), ("heads",))
 
-    def __call__(
-        self, x: Float[Array, "*batch H"], rotary: tuple[Array, Array], attend: Attend
-    ) -> tuple[Float[Array, "*batch H"], Any]:
-        query, key, value = (
-            jnp.einsum("...h,hnd->...nd", x, weight[...].astype(x.dtype))
-            for weight in (self.query, self.key, self.value)
-        )
+    def __call__(self, x: Float[Array, "*batch H"], attend: Attend) -> tuple[Array, Any]:
+        query, key, values = (self._projected(x, name) for name in ("query", "key", "value"))
         if self.config.qk_norm:
-            epsilon = self.config.norm_epsilon
-            query = functional.rms_norm(query, self.query_norm[...], epsilon=epsilon)
-            key = functional.rms_norm(key, self.key_norm[...], epsilon=epsilon)
-        query, key = functional.rotate(query, rotary), functional.rotate(key, rotary)
-        attended, extra = attend(query, key, value)
-        return jnp.einsum("...nd,ndh->...h", attended, self.output[...].astype(x.dtype)), extra
+            query = self._normed(query, self.query_norm)
+            key = self._normed(key, self.key_norm)
+        sinks = value(self.sinks) if self.config.attention_sinks else None
+        attended, extra = attend(query, key, values, sinks)
+        out = linear.project(attended, value(self.output), in_axes=2)
+        if self.config.output_bias:
+            out += value(self.output_bias).astype(out.dtype)
+        return out, extra
+
+    def _projected(self, x: Array, name: str) -> Array:
+        out = linear.project(x, value(getattr(self, name)))
+        if self.config.qkv_bias:
+            out += value(getattr(self, f"{name}_bias")).astype(out.dtype)
+        return out
+
+    def _normed(self, x: Array, scale: nnx.Param) -> Array:
+        shape = x.shape
+        if self.config.qk_norm == "projection":
+            x = x.reshape(*shape[:-2], -1)
+        return functional.rms_norm(
+            x,
+            value(scale),
+            epsilon=self.config.norm_epsilon,
+            scale_offset=self.config.norm_scale_offset,
+        ).reshape(shape)
 
 
 class MLP(nnx.Module):
@@ -94,26 +126,108 @@ class MLP(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
         hidden, inner = config.hidden_size, config.mlp_size
         self.config = config
-        if config.gated:
-            self.gate = kernel(config, rngs, (hidden, inner), ("embed", "mlp"), fan_in=hidden)
-        self.up = kernel(config, rngs, (hidden, inner), ("embed", "mlp"), fan_in=hidden)
+        for name in ("gate", "up") if config.gated else ("up",):
+            axes = ("embed", "mlp")
+            setattr(self, name, kernel(config, rngs, (hidden, inner), axes, fan_in=hidden))
+            if config.mlp_bias:
+                setattr(self, f"{name}_bias", zeros(config, (inner,), ("mlp",)))
         self.down = kernel(
             config,
             rngs,
             (inner, hidden),
             ("mlp", "embed"),
             fan_in=inner,
-            scale=(2 * config.num_layers) ** -0.5,
+            scale=_residual_scale(config),
         )
+        if config.mlp_bias:
+            self.down_bias = zeros(config, (hidden,), ("embed",))
 
     def __call__(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch H"]:
-        activation = _ACTIVATIONS[self.config.activation]
-        inner = x @ self.up[...].astype(x.dtype)
+        name = self.config.activation
+        inner = self._projected(x, "up")
         if self.config.gated:
-            inner = activation(x @ self.gate[...].astype(x.dtype)) * inner
+            inner = functional.gated(name, self._projected(x, "gate"), inner)
         else:
-            inner = activation(inner)
-        return inner @ self.down[...].astype(x.dtype)
+            inner = functional.activated(name, inner)
+        return self._projected(inner, "down")
+
+    def _projected(self, x: Array, name: str) -> Array:
+        out = linear.project(x, value(getattr(self, name)))
+        if self.config.mlp_bias:
+            out += value(getattr(self, f"{name}_bias")).astype(out.dtype)
+        return out
+
+
+class MoE(nnx.Module):
+    """A router, the experts, and optionally an MLP that every token passes beside them."""
+
+    def __init__(self, config: DecoderConfig, sizes: MoEConfig, rngs: nnx.Rngs) -> None:
+        hidden, inner, experts = config.hidden_size, sizes.expert_size, sizes.num_experts
+        self.config, self.sizes = config, sizes
+        self.router = kernel(config, rngs, (hidden, experts), ("embed", "expert"), fan_in=hidden)
+        if sizes.router_bias:
+            self.router_bias = zeros(config, (experts,), ("expert",))
+        into, out = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
+        residual = _residual_scale(config)
+        for name in ("gate", "up"):
+            shape = (experts, hidden, inner)
+            setattr(self, name, kernel(config, rngs, shape, into, fan_in=hidden))
+        shape = (experts, inner, hidden)
+        self.down = kernel(config, rngs, shape, out, fan_in=inner, scale=residual)
+        if sizes.expert_bias:
+            self.gate_bias = zeros(config, (experts, inner), ("expert", "mlp"))
+            self.up_bias = zeros(config, (experts, inner), ("expert", "mlp"))
+            self.down_bias = zeros(config, (experts, hidden), ("expert", "embed"))
+        if sizes.shared_size is not None:
+            for name in ("shared_gate_proj", "shared_up"):
+                shared, axes = (hidden, sizes.shared_size), ("embed", "mlp")
+                setattr(self, name, kernel(config, rngs, shared, axes, fan_in=hidden))
+            shared, axes, fan_in = (sizes.shared_size, hidden), ("mlp", "embed"), sizes.shared_size
+            self.shared_down = kernel(config, rngs, shared, axes, fan_in=fan_in, scale=residual)
+            if sizes.shared_gate:
+                self.shared_router = kernel(config, rngs, (hidden,), ("embed",), fan_in=hidden)
+
+    def __call__(
+        self, x: Float[Array, "*batch H"], experts: Int[Array, "*batch k"] | None
+    ) -> tuple[Float[Array, "*batch H"], LayerRouting]:
+        config, sizes = self.config, self.sizes
+        rows = x.reshape(-1, x.shape[-1])
+        # The choice is discrete, so rounding of its logits is kept as small as it can be.
+        logits = jnp.matmul(
+            rows, value(self.router).astype(x.dtype), preferred_element_type=jnp.float32
+        )
+        if sizes.router_bias:
+            logits += value(self.router_bias).astype(jnp.float32)
+        if experts is None:
+            chosen = moe.choose(logits, sizes.experts_per_token)
+        else:
+            chosen = experts.reshape(-1, sizes.experts_per_token)
+        out = moe.mixture(
+            rows,
+            chosen,
+            moe.routing_weights(logits, chosen, normalize=sizes.normalize_weights),
+            gate=value(self.gate),
+            up=value(self.up),
+            down=value(self.down),
+            combine=lambda gate, up: functional.gated(config.activation, gate, up),
+            biases=(value(self.gate_bias), value(self.up_bias), value(self.down_bias))
+            if sizes.expert_bias
+            else None,
+        )
+        if sizes.shared_size is not None:
+            out += self._shared(rows)
+        batch = x.shape[:-1]
+        routing = (logits.reshape(*batch, -1), chosen.reshape(*batch, -1))
+        return out.reshape(x.shape), routing
+
+    def _shared(self, rows: Array) -> Array:
+        gate = linear.project(rows, value(self.shared_gate_proj))
+        up = linear.project(rows, value(self.shared_up))
+        inner = functional.gated(self.config.activation, gate, up)
+        out = linear.project(inner, value(self.shared_down))
+        if self.sizes.shared_gate:
+            out *= jax.nn.sigmoid(rows @ value(self.shared_router).astype(rows.dtype))[:, None]
+        return out
 
 
 class Layer(nnx.Module):
@@ -121,17 +235,54 @@ class Layer(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.attention_norm = norm_scale(config, config.hidden_size, "embed")
+        add_norm(self, config, "attention_norm")
         self.attention = Attention(config, rngs)
-        self.mlp_norm = norm_scale(config, config.hidden_size, "embed")
-        self.mlp = MLP(config, rngs)
+        add_norm(self, config, "mlp_norm")
+        if config.moe is None:
+            self.mlp = MLP(config, rngs)
+        else:
+            self.moe = MoE(config, config.moe, rngs)
+        if config.post_norms:
+            add_norm(self, config, "attention_post_norm")
+            add_norm(self, config, "mlp_post_norm")
 
     def __call__(
-        self, x: Float[Array, "*batch H"], rotary: tuple[Array, Array], attend: Attend
-    ) -> tuple[Float[Array, "*batch H"], Any]:
-        epsilon = self.config.norm_epsilon
-        normed = functional.rms_norm(x, self.attention_norm[...], epsilon=epsilon)
-        attended, extra = self.attention(normed, rotary, attend)
-        x = x + attended
-        normed = functional.rms_norm(x, self.mlp_norm[...], epsilon=epsilon)
-        return x + self.mlp(normed), extra
+        self,
+        x: Float[Array, "*batch H"],
+        attend: Attend,
+        experts: Int[Array, "*batch k"] | None = None,
+    ) -> tuple[Float[Array, "*batch H"], Any, LayerRouting]:
+        update, extra = self.attention(self._normed(x, "attention_norm"), attend)
+        if self.config.post_norms:
+            update = self._normed(update, "attention_post_norm")
+        x = x + update
+        normed = self._normed(x, "mlp_norm")
+        routing: LayerRouting = None
+        if self.config.moe is None:
+            update = self.mlp(normed)
+        else:
+            update, routing = self.moe(normed, experts)
+        if self.config.post_norms:
+            update = self._normed(update, "mlp_post_norm")
+        return x + update, extra, routing
+
+    def _normed(self, x: Array, name: str) -> Array:
+        return normed(self, self.config, x, name)
+
+
+def add_norm(module: nnx.Module, config: DecoderConfig, name: str) -> None:
+    """Gives `module` the parameters of a norm over the residual stream."""
+    setattr(module, name, norm_scale(config, config.hidden_size, "embed"))
+    if config.norm == "layer":
+        setattr(module, f"{name}_bias", zeros(config, (config.hidden_size,), ("embed",)))
+
+
+def normed(module: nnx.Module, config: DecoderConfig, x: Array, name: str) -> Array:
+    """`x` through the norm whose parameters `module` holds under `name`."""
+    scale = value(getattr(module, name))
+    if config.norm == "layer":
+        bias = value(getattr(module, f"{name}_bias"))
+        return functional.layer_norm(x, scale, bias, epsilon=config.norm_epsilon)
+    return functional.rms_norm(
+        x, scale, epsilon=config.norm_epsilon, scale_offset=config.norm_scale_offset
+    )
