@@ -18,7 +18,7 @@ class PromptSource(Protocol):
     """Items in random access, with every item's level known beforehand.
 
     An item is a mapping with `id`, `prompt`, `answer`, `level`, and for supervised training
-    `direct` and `worked`.
+    `direct` and `worked`. Answers are numbers, or texts that only a verifier can compare.
     """
 
     @property
@@ -69,22 +69,42 @@ def _batches(
     return iter(batches.to_iter_dataset(options))
 
 
+def _buckets(prompt_length: int | Sequence[int]) -> tuple[int, ...]:
+    """The allowed widths, in ascending order."""
+    given = tuple(prompt_length) if isinstance(prompt_length, Sequence) else (prompt_length,)
+    if not given:
+        raise ValueError("prompt_length: expected at least one width, got none")
+    for width in given:
+        _checks.in_range("prompt_length", width, 1)
+    return tuple(sorted(given))
+
+
+def _answers(answers: list[Any]) -> dict[str, np.ndarray]:
+    """Numbers as an array; texts are no array and are looked up by the item's id."""
+    if any(isinstance(a, str) for a in answers):
+        return {}
+    whole = all(isinstance(a, int) for a in answers)
+    return {"answers": np.array(answers, np.int32 if whole else np.float64)}
+
+
 def _prompts(
     source: PromptSource,
     rows: Sequence[int],
     *,
-    prompt_length: int,
+    buckets: tuple[int, ...],
     encode: Callable[[str], Any],
     pad: int,
 ) -> dict[str, np.ndarray]:
     items = [source[i] for i in rows]
-    answers = [item["answer"] for item in items]
-    whole = all(isinstance(a, int) for a in answers)
+    prompts = [item["prompt"] for item in items]
+    tokens = {prompt: encode(prompt) for prompt in prompts}
+    longest = max(len(ids) for ids in tokens.values())
+    width = next((w for w in buckets if w >= longest), buckets[-1])
     return {
         **random_calculation.prompt_batch(
-            [item["prompt"] for item in items], length=prompt_length, encode=encode, pad=pad
+            prompts, length=width, encode=tokens.__getitem__, pad=pad
         ),
-        "answers": np.array(answers, np.int32 if whole else np.float64),
+        **_answers([item["answer"] for item in items]),
         "levels": np.array([item["level"] for item in items], np.int32),
         "ids": np.array(rows, np.int32),
     }
@@ -163,10 +183,74 @@ def sft_loader(
     )
 
 
+def examples_loader(
+    source: PromptSource,
+    *,
+    encode: Callable[[Mapping[str, Any]], Sequence[np.ndarray]],
+    length: int | Sequence[int],
+    batch_size: int,
+    seed: int,
+    levels: Sequence[int] | None = None,
+    shard_index: int = 0,
+    shard_count: int = 1,
+    pad: int = random_calculation.PAD,
+) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+    """Endless batches of demonstrations whose tokens and mask a function makes of each item.
+
+    It is `sft_loader` for rows that are more than a prompt and a response, such as conversations.
+
+    Args:
+      source: items in random access.
+      encode: an item to `tokens` int `[N]` and `mask` bool `[N]`, true on what is learned; what
+        else it returns is ignored, so a `chat.Conversation` will do.
+      length: T, width of the rows, or several allowed widths of which the smallest that holds a
+        batch is taken; a row that does not fit raises when it is reached.
+      batch_size: B, rows in this shard's batches.
+      seed: in [0, 2^32).
+      levels: which items; None for all.
+      shard_index: which of `shard_count` interleaved streams of the one global order.
+      shard_count: number of streams.
+      pad: id of padding.
+
+    Returns:
+      An iterator with `get_state` and `set_state` like `sft_loader`'s. It yields NumPy arrays
+      `tokens` int32 `[B, T]`, `mask` bool `[B, T]`, `ids` int32 `[B]`.
+
+    Raises:
+      ValueError: options out of range, or a level without items.
+    """
+    widths = _buckets(length)
+
+    def collate(rows: list[int]) -> dict[str, np.ndarray]:
+        encoded = [encode(source[i]) for i in rows]
+        longest = max(len(parts[0]) for parts in encoded)
+        width = next((w for w in widths if w >= longest), None)
+        if width is None:
+            raise ValueError(f"length: an example takes {longest} tokens, got {widths[-1]}")
+        batch = {
+            "tokens": np.full((len(rows), width), pad, np.int32),
+            "mask": np.zeros((len(rows), width), np.bool_),
+            "ids": np.array(rows, np.int32),
+        }
+        for row, (tokens, mask, *_) in enumerate(encoded):
+            batch["tokens"][row, : len(tokens)] = tokens
+            batch["mask"][row, : len(mask)] = mask
+        return batch
+
+    return _batches(
+        _select(source, levels),
+        collate,
+        batch_size=batch_size,
+        seed=seed,
+        shard_index=shard_index,
+        shard_count=shard_count,
+    )
+
+
 def prompts_loader(
     source: PromptSource,
     *,
-    prompt_length: int,
+    prompt_length: int | Sequence[int],
     num_prompts: int,
     seed: int,
     levels: Sequence[int] | None = None,
@@ -182,7 +266,9 @@ def prompts_loader(
 
     Args:
       source: items in random access.
-      prompt_length: Tp, width of the rows; a prompt that does not fit raises when it is reached.
+      prompt_length: Tp, width of the rows, or several allowed widths (buckets, a program is
+        compiled for each) of which the smallest that holds a batch is taken; a prompt that does
+        not fit raises when it is reached.
       num_prompts: P, prompts in this shard's batches.
       seed: in [0, 2^32).
       levels: which items; None for all.
@@ -195,16 +281,17 @@ def prompts_loader(
       An iterator with `get_state() -> dict` (plain integers, JSON-serialisable) and
       `set_state(state)`, after which it continues exactly. It yields NumPy arrays `prompts` int32
       `[P, Tp]` (right-padded), `prompt_lengths` int32 `[P]`, `answers` int32 or float64 `[P]`,
-      `levels` int32 `[P]`, `ids` int32 `[P]`.
+      `levels` int32 `[P]`, `ids` int32 `[P]`. Where answers are texts there is no `answers`: look
+      them up by id, as `source[id]["answer"]`.
 
     Raises:
       ValueError: options out of range, or a level without items.
     """
-    _checks.in_range("prompt_length", prompt_length, 1)
+    buckets = _buckets(prompt_length)
     indices = _select(source, levels)
 
     def collate(rows: list[int]) -> dict[str, np.ndarray]:
-        return _prompts(source, rows, prompt_length=prompt_length, encode=encode, pad=pad)
+        return _prompts(source, rows, buckets=buckets, encode=encode, pad=pad)
 
     return _batches(
         indices,
@@ -219,7 +306,7 @@ def prompts_loader(
 def prompt_arrays(
     source: PromptSource,
     *,
-    prompt_length: int,
+    prompt_length: int | Sequence[int],
     levels: Sequence[int] | None = None,
     per_level: int | None = None,
     encode: Callable[[str], Any] = random_calculation.encode,
@@ -229,7 +316,7 @@ def prompt_arrays(
 
     Args:
       source: items in random access.
-      prompt_length: Tp, width of the rows.
+      prompt_length: Tp, width of the rows, or several allowed widths.
       levels: which items; None for all.
       per_level: keep only the first so many of each level; None for all.
       encode: text to ids, without special tokens.
@@ -242,7 +329,7 @@ def prompt_arrays(
       ValueError: a level without items or with fewer than `per_level`, or a prompt that does not
         fit.
     """
-    _checks.in_range("prompt_length", prompt_length, 1)
+    buckets = _buckets(prompt_length)
     indices = _select(source, levels)
     if per_level is not None:
         _checks.in_range("per_level", per_level, 1)
@@ -256,4 +343,4 @@ def prompt_arrays(
                 )
             kept.append(of_level[:per_level])
         indices = np.sort(np.concatenate(kept))
-    return _prompts(source, indices.tolist(), prompt_length=prompt_length, encode=encode, pad=pad)
+    return _prompts(source, indices.tolist(), buckets=buckets, encode=encode, pad=pad)
