@@ -55,6 +55,8 @@ class Rollout(_Replaceable):
         gradient accumulation, see `aggregate.weights`.
       trajectory_ids: rows of one trajectory share an id; None when each row is its own trajectory.
       turn_ids: turn of each token, -1 outside the policy's own turns.
+      experts: the experts each layer sent each token to, where they are to be replayed; distinct
+        for each token, at padding as well.
     """
 
     tokens: Int[Array, "B T"]
@@ -71,6 +73,7 @@ class Rollout(_Replaceable):
     loss_weights: Float[Array, "B T"] | None = None
     trajectory_ids: Int[Array, " B"] | None = None
     turn_ids: Int[Array, "B T"] | None = None
+    experts: Int[Array, "B T L k"] | None = None
 
 
 @pytree_dataclass

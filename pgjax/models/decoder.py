@@ -57,6 +57,7 @@ class Decoder(nnx.Module):
             return Layer(config, rngs)
 
         self.layers = stacked(rngs)
+        self.single_layers: tuple[Any, ...] | None = None
         add_norm(self, config, "norm")
         if not config.tied_embeddings:
             self.unembedding = kernel(
@@ -116,7 +117,8 @@ class Decoder(nnx.Module):
                 return jax.lax.dynamic_update_slice(cached, rows, start)
 
             keys, values = write(cache[0], key), write(cache[1], new)
-            of_prompt = (_at(x[kind], index) for x in (prefix.keys, prefix.values))
+            prompt_keys = _at(prefix.keys[kind], index)
+            prompt_values = _at(prefix.values[kind], index)
             held, real = ring_positions(prefix.lengths - 1, prefix.keys[kind].shape[3])
             # Slots of a prompt's padding hold nothing, whatever position they stand for.
             seen = real & attention.attendable(positions, held, window=settings.window)
@@ -127,7 +129,7 @@ class Decoder(nnx.Module):
             attended = attention.cached_attention(
                 query,
                 (
-                    CachePart(*of_prompt, seen[:, None]),
+                    CachePart(prompt_keys, prompt_values, seen[:, None]),
                     CachePart(_at(keys, index), _at(values, index), own[:, None]),
                 ),
                 settings=settings,
@@ -244,6 +246,7 @@ class Decoder(nnx.Module):
             p for p in range(1, layers + 1) if all(k == kinds[i % p] for i, k in enumerate(kinds))
         )
         graphdef, states = nnx.split(self.layers)
+        single = self.single_layers
         sizes = self.config.moe
         chosen = (
             None
@@ -259,7 +262,10 @@ class Decoder(nnx.Module):
                 attended, *written = attend(kind, index, query, key, new, sinks, *arrays)
                 return attended, written
 
-            state = jax.tree.map(functools.partial(_at, index=layer), states)
+            if single is None:
+                state = jax.tree.map(functools.partial(_at, index=layer), states)
+            else:
+                state = single[layer]
             x, (new_keys, new_values), routing = nnx.merge(graphdef, state)(x, attend_here)
             if routing is not None:
                 chosen = jax.lax.dynamic_update_index_in_dim(chosen, routing[1], layer, 0)
@@ -273,8 +279,10 @@ class Decoder(nnx.Module):
                 carry = run(carry, i * period + j, kind, index)
             return carry
 
-        whole = layers // period
-        carry = jax.lax.fori_loop(0, whole, block, (x, keys, values, chosen))
+        carry, whole = (x, keys, values, chosen), 0
+        if single is None:
+            whole = layers // period
+            carry = jax.lax.fori_loop(0, whole, block, carry)
         for layer in range(whole * period, layers):
             carry = run(carry, layer, kinds[layer], kinds[:layer].count(kinds[layer]))
         x, keys, values, chosen = carry

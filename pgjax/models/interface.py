@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pgjax import _checks
+from pgjax.models import decoding
 from pgjax.models.attention import soft_capped
 from pgjax.models.cache import CompletionCache, PrefixCache, SlotCache
 from pgjax.models.config import DecoderConfig
@@ -105,10 +106,15 @@ class FunctionalDecoder:
         Returns:
           `c · tanh(logits / c)` with `logit_soft_cap` c, else the product itself.
         """
-        unembedding = self.unembedding(params).astype(self.config.dtype)
-        logits = jnp.matmul(
-            hidden.astype(self.config.dtype), unembedding, preferred_element_type=jnp.float32
-        )
+        hidden = hidden.astype(self.config.dtype)
+        few = isinstance(params["layers"], tuple)
+        table = params["embedding" if self.config.tied_embeddings else "unembedding"]
+        if few:  # rows of the table in order of memory; see `for_many_steps`
+            table = table if self.config.tied_embeddings else table.matrix
+            logits = decoding.few_rows(hidden, table)
+        else:
+            unembedding = self.unembedding(params).astype(self.config.dtype)
+            logits = jnp.matmul(hidden, unembedding, preferred_element_type=jnp.float32)
         return soft_capped(logits, self.config.logit_soft_cap)
 
     def prefill(
@@ -204,8 +210,27 @@ class FunctionalDecoder:
             branch[leaf] = ("layers", *axes) if path[0] == "layers" else axes
         return tree
 
+    def for_many_steps(self, params: Params) -> Params:
+        """The parameters as a long loop of `decode_step` or `extend` should hold them.
+
+        On CPUs a copy, laid out for products with few rows (see `decoding`), made once before the
+        loop; elsewhere the parameters as they are. Only those two functions and `logits` take it.
+        """
+        if jax.default_backend() != "cpu":
+            return params
+        changed = decoding.unstacked(params, self.config.num_layers)
+        if not self.config.tied_embeddings:
+            changed["unembedding"] = decoding.transposed(params["unembedding"], in_axes=1)
+        return changed
+
     def _merge(self, params: Params) -> Decoder:
-        return nnx.merge(_skeleton(self.config)[0], params)
+        layers = params["layers"]
+        if isinstance(layers, dict):
+            return nnx.merge(_skeleton(self.config)[0], params)
+        unused = {} if self.config.tied_embeddings else {"unembedding": None}
+        decoder = nnx.merge(_skeleton(self.config)[0], {**params, **unused, "layers": layers[0]})
+        decoder.single_layers = nnx.data(layers) if hasattr(nnx, "data") else layers
+        return decoder
 
     def _check_moe(self, name: str) -> None:
         if self.config.moe is None:

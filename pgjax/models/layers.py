@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pgjax.models import functional, linear, moe
+from pgjax.models import decoding, functional, moe
 from pgjax.models.config import DecoderConfig, MoEConfig
 
 # (query, key, value, sinks) -> (attended, whatever the caller wants back, such as a cache)
@@ -28,7 +28,7 @@ def kernel(
     config: DecoderConfig,
     rngs: nnx.Rngs,
     shape: tuple[int, ...],
-    axes: tuple[str, ...],
+    axes: tuple[str | None, ...],
     *,
     fan_in: int,
     scale: float = 1.0,
@@ -97,13 +97,13 @@ class Attention(nnx.Module):
             key = self._normed(key, self.key_norm)
         sinks = value(self.sinks) if self.config.attention_sinks else None
         attended, extra = attend(query, key, values, sinks)
-        out = linear.project(attended, value(self.output), in_axes=2)
+        out = decoding.project(attended, value(self.output), in_axes=2)
         if self.config.output_bias:
             out += value(self.output_bias).astype(out.dtype)
         return out, extra
 
     def _projected(self, x: Array, name: str) -> Array:
-        out = linear.project(x, value(getattr(self, name)))
+        out = decoding.project(x, value(getattr(self, name)))
         if self.config.qkv_bias:
             out += value(getattr(self, f"{name}_bias")).astype(out.dtype)
         return out
@@ -152,7 +152,7 @@ class MLP(nnx.Module):
         return self._projected(inner, "down")
 
     def _projected(self, x: Array, name: str) -> Array:
-        out = linear.project(x, value(getattr(self, name)))
+        out = decoding.project(x, value(getattr(self, name)))
         if self.config.mlp_bias:
             out += value(getattr(self, f"{name}_bias")).astype(out.dtype)
         return out
@@ -169,9 +169,8 @@ class MoE(nnx.Module):
             self.router_bias = zeros(config, (experts,), ("expert",))
         into, out = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
         residual = _residual_scale(config)
-        for name in ("gate", "up"):
-            shape = (experts, hidden, inner)
-            setattr(self, name, kernel(config, rngs, shape, into, fan_in=hidden))
+        self.gate = kernel(config, rngs, (experts, hidden, inner), into, fan_in=hidden)
+        self.up = kernel(config, rngs, (experts, hidden, inner), into, fan_in=hidden)
         shape = (experts, inner, hidden)
         self.down = kernel(config, rngs, shape, out, fan_in=inner, scale=residual)
         if sizes.expert_bias:
@@ -179,11 +178,12 @@ class MoE(nnx.Module):
             self.up_bias = zeros(config, (experts, inner), ("expert", "mlp"))
             self.down_bias = zeros(config, (experts, hidden), ("expert", "embed"))
         if sizes.shared_size is not None:
-            for name in ("shared_gate_proj", "shared_up"):
-                shared, axes = (hidden, sizes.shared_size), ("embed", "mlp")
-                setattr(self, name, kernel(config, rngs, shared, axes, fan_in=hidden))
-            shared, axes, fan_in = (sizes.shared_size, hidden), ("mlp", "embed"), sizes.shared_size
-            self.shared_down = kernel(config, rngs, shared, axes, fan_in=fan_in, scale=residual)
+            width, axes = sizes.shared_size, ("embed", "mlp")
+            self.shared_gate_proj = kernel(config, rngs, (hidden, width), axes, fan_in=hidden)
+            self.shared_up = kernel(config, rngs, (hidden, width), axes, fan_in=hidden)
+            self.shared_down = kernel(
+                config, rngs, (width, hidden), ("mlp", "embed"), fan_in=width, scale=residual
+            )
             if sizes.shared_gate:
                 self.shared_router = kernel(config, rngs, (hidden,), ("embed",), fan_in=hidden)
 
@@ -221,10 +221,10 @@ class MoE(nnx.Module):
         return out.reshape(x.shape), routing
 
     def _shared(self, rows: Array) -> Array:
-        gate = linear.project(rows, value(self.shared_gate_proj))
-        up = linear.project(rows, value(self.shared_up))
+        gate = decoding.project(rows, value(self.shared_gate_proj))
+        up = decoding.project(rows, value(self.shared_up))
         inner = functional.gated(self.config.activation, gate, up)
-        out = linear.project(inner, value(self.shared_down))
+        out = decoding.project(inner, value(self.shared_down))
         if self.sizes.shared_gate:
             out *= jax.nn.sigmoid(rows @ value(self.shared_router).astype(rows.dtype))[:, None]
         return out
