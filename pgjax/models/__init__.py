@@ -11,9 +11,19 @@ from pgjax.models.cache import (
     insert_prefix,
 )
 from pgjax.models.config import AttentionKind, DecoderConfig, MoEConfig
-from pgjax.models.heads import value_head_apply, value_head_init, value_head_logical_axes
+from pgjax.models.heads import (
+    score_head_apply,
+    score_head_init,
+    score_head_logical_axes,
+    value_head_apply,
+    value_head_init,
+    value_head_logical_axes,
+)
 from pgjax.models.interface import FunctionalDecoder, abstract_params, init
 from pgjax.models.moe import Routing, load_balancing_loss, router_z_loss
+from pgjax.models.pretrained import load as from_pretrained
+from pgjax.models.pretrained import load_head, load_reward_model, save_head
+from pgjax.models.pretrained import save as save_pretrained
 from pgjax.models.rotary import Rotary
 
 __all__ = [
@@ -29,10 +39,18 @@ __all__ = [
     "abstract_params",
     "empty_completion_cache",
     "empty_slot_cache",
+    "from_pretrained",
     "init",
     "insert_prefix",
     "load_balancing_loss",
+    "load_head",
+    "load_reward_model",
     "router_z_loss",
+    "save_head",
+    "save_pretrained",
+    "score_head_apply",
+    "score_head_init",
+    "score_head_logical_axes",
     "value_head_apply",
     "value_head_init",
     "value_head_logical_axes",
