@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-import json
 from typing import Any
 
 import jax
@@ -14,57 +11,19 @@ import optax
 
 import pgjax as pg
 from experiments.random_calculation.config import Config
+from experiments.shared import objectives, optimizers
 from pgjax.tasks import random_calculation as task
 from pgjax.train import text
 
 
 def make_objective(config: Config) -> pg.Objective:
     """The recipe with its options, for instance `kl_coefficient=0.01`."""
-    recipe = getattr(pg.objectives, config.objective)
-    options: dict[str, Any] = {}
-    for option in config.objective_options:
-        name, equals, value = option.partition("=")
-        if not equals:
-            raise ValueError(f"objective_options: expected name=value, got {option!r}")
-        try:
-            options[name] = json.loads(value.replace("True", "true").replace("False", "false"))
-        except json.JSONDecodeError:
-            raise ValueError(
-                f"objective_options: {name}: expected a number or true/false, got {value!r}"
-            ) from None
-    if config.objective == "dr_grpo":
-        options.setdefault("length", max_new_tokens(config))
-    known = inspect.signature(recipe).parameters
-    for name in options:
-        if name not in known:
-            raise ValueError(
-                f"objective_options: {config.objective} has no option {name!r}, "
-                f"only {', '.join(known) or 'none'}"
-            )
-    objective = recipe(**options)
-    aggregate = config.aggregate or ("token_mean" if config.objective == "grpo" else None)
-    if aggregate is None:
-        return objective
-    return dataclasses.replace(objective, aggregate=getattr(pg.aggregate, aggregate))
-
-
-def matrix_axes(params: Any) -> Any:
-    """Which axes of each parameter are a matrix's input and output, for Muon; None: use Adam.
-
-    The layers' projections are matrices, stacked along their first axis; the heads of an attention
-    projection are one matrix together. Embeddings, the output head and norms are left to Adam.
-    """
-
-    def of(path: Any, x: Any) -> Any:
-        keys = [entry.key for entry in path]
-        if "layers" not in keys or x.ndim < 3:
-            return None
-        if x.ndim == 3:
-            return optax.contrib.MuonDimensionNumbers((1,), (2,))
-        inputs, outputs = ((1, 2), (3,)) if keys[-1] == "output" else ((1,), (2, 3))
-        return optax.contrib.MuonDimensionNumbers(inputs, outputs)
-
-    return jax.tree_util.tree_map_with_path(of, params)
+    return objectives.make_objective(
+        config.objective,
+        config.objective_options,
+        aggregate=config.aggregate,
+        length=max_new_tokens(config),
+    )
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
@@ -80,7 +39,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         "muon": lambda: optax.contrib.muon(
             rate,
             weight_decay=rl.weight_decay,
-            muon_weight_dimension_numbers=matrix_axes,
+            muon_weight_dimension_numbers=optimizers.matrix_axes,
         ),
     }[config.optimizer]()
     return optax.chain(optax.clip_by_global_norm(rl.clip_norm), optimizer)
@@ -103,7 +62,7 @@ def make_warmup_optimizer(config: Config) -> optax.GradientTransformation:
             adam_b2=0.98,
             adam_weight_decay=0.01,
             adam_learning_rate=schedule(warmup.adam_learning_rate),
-            muon_weight_dimension_numbers=matrix_axes,
+            muon_weight_dimension_numbers=optimizers.matrix_axes,
         ),
     )
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
-from typing import Any, Literal
+from typing import Literal
 
-ObjectiveName = Literal[
-    "grpo", "dr_grpo", "dapo", "gspo", "cispo", "lite_ppo", "ppo", "rloo", "reinforce",
-    "reinforce_pp",
-]  # fmt: skip
+from experiments.shared import runs
+from experiments.shared.objectives import AggregateName, ObjectiveName
+
 OptimizerName = Literal["adam", "adamw", "sgd", "lion", "muon"]
 RewardName = Literal["exact", "continuous", "random", "inverted", "majority_incorrect"]
 Preset = Literal["cpu", "gpu", "tpu-pod"]
@@ -116,9 +114,7 @@ class Config:
     """The recipe, from pgjax.objectives."""
     objective_options: tuple[str, ...] = ()
     """Keywords of the recipe, such as kl_coefficient=0.01 high=0.28."""
-    aggregate: (
-        Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum"] | None
-    ) = None
+    aggregate: AggregateName | None = None
     """Reduction of the loss; default: the recipe's own, for grpo token_mean, as most code today."""
     optimizer: OptimizerName = "adam"
     """Of the reinforcement; the warm-up uses Muon and AdamW."""
@@ -173,71 +169,26 @@ PRESETS: dict[str, Config] = {
 }
 
 
-def _nested(cls: type, values: dict[str, Any]) -> Any:
-    """A config dataclass from its JSON form."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    sections = {"model": Model, "warmup": Warmup, "rl": RL, "evaluation": Evaluation}
-    paths = ("data_dir", "out", "warmup_from")
-    made: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in fields:
-            raise ValueError(f"config.json: unknown field {name!r}")
-        if name in sections and cls is Config:
-            value = _nested(sections[name], value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        elif name in paths and value is not None:
-            value = pathlib.Path(value)
-        made[name] = value
-    return cls(**made)
+RUNS = pathlib.Path("runs/grpo_random_calculation")
 
 
 def load_config(directory: pathlib.Path) -> Config:
     """The config that a run was started with."""
-    path = directory / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no run to resume here (no config.json)")
-    return _nested(Config, json.loads(path.read_text()))
-
-
-RUNS = pathlib.Path("runs/grpo_random_calculation")
-
-
-def newest_run() -> pathlib.Path:
-    found = sorted(p.parent for p in RUNS.glob("[0-9]*/config.json"))
-    if not found:
-        raise FileNotFoundError(f"{RUNS}: no run to resume here; start one without --resume")
-    return found[-1]
+    return runs.load_config(Config, directory)
 
 
 def next_run() -> pathlib.Path:
-    numbers = [int(p.name) for p in RUNS.glob("[0-9]*") if p.name.isdigit()]
-    return RUNS / f"{max(numbers, default=0) + 1:03d}"
-
-
-def _peek(arguments: list[str], flag: str) -> str | None:
-    """The value of a flag, before the full parser knows its defaults."""
-    for i, argument in enumerate(arguments):
-        if argument == flag and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith(flag + "="):
-            return argument.partition("=")[2]
-    return None
+    return runs.next_run(RUNS)
 
 
 def parse(arguments: list[str], *, description: str | None = None) -> Config:
     """The config of a command line: a preset's (or the resumed run's) defaults, then the flags."""
-    import tyro
-
-    default = PRESETS.get(_peek(arguments, "--preset") or "cpu", Config())
-    if "--resume" in arguments:
-        out = _peek(arguments, "--out")
-        directory = pathlib.Path(out) if out else newest_run()
-        default = dataclasses.replace(load_config(directory), out=directory, resume=True)
-    return tyro.cli(
+    return runs.parse(
         Config,
-        args=arguments,
-        default=default,
-        prog="python -m experiments.grpo_random_calculation",
+        arguments,
+        presets=PRESETS,
+        default_preset="cpu",
+        root=RUNS,
+        program="grpo_random_calculation",
         description=description,
     )

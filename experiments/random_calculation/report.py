@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 
 import pgjax as pg
 from experiments.random_calculation.config import Config
+from experiments.shared import runs
 from pgjax.train import evaluation
 
 
@@ -26,13 +26,6 @@ class Result:
     tokens_per_second: float
 
 
-def write_json(path: pathlib.Path, content: Any) -> None:
-    """Writes a file that is either there completely or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    partial.replace(path)
-
-
 def write_report(config: Config, result: Result) -> None:
     """results.json and curves.png in the run's directory."""
     content = {
@@ -43,7 +36,7 @@ def write_report(config: Config, result: Result) -> None:
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
-    write_json(result.directory / "results.json", content)
+    runs.write_json(result.directory / "results.json", content)
     records = pg.train.metrics.read_metrics(result.directory)
 
     def curve(phase: str, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import pgjax as pg
 from experiments.random_calculation import build, report
 from experiments.random_calculation.config import Config, next_run
+from experiments.shared import runs
 from pgjax.tasks import random_calculation as task
 from pgjax.train import evaluation, text
 
@@ -25,7 +25,7 @@ class Run:
         self.config = config
         self.mesh = pg.parallel.make_mesh(config.mesh)
         self.directory = config.out or next_run()
-        self._claim_directory()
+        runs.claim(self.directory, config)
         self.decoder, self.params = build.make_decoder(config)
         self.sources = {
             split: task.data_source(config.data_preset, split, data_dir=config.data_dir)
@@ -38,17 +38,6 @@ class Run:
             axes["value_head"] = pg.models.value_head_logical_axes()
         self.shardings = pg.parallel.shardings(axes, self.mesh, shapes=self.params)
         self.writer = pg.train.metrics.MetricsWriter(self.directory)
-
-    def _claim_directory(self) -> None:
-        path = self.directory / "config.json"
-        if path.exists() and not self.config.resume:
-            raise FileExistsError(
-                f"{self.directory} already holds a run: pass --resume to continue it, "
-                "or another --out"
-            )
-        self.directory.mkdir(parents=True, exist_ok=True)
-        saved = dataclasses.asdict(dataclasses.replace(self.config, resume=False))
-        report.write_json(path, saved)
 
     def place(self, batch: Any) -> Any:
         """Spreads the rows of a batch over the mesh."""
@@ -164,7 +153,7 @@ class Run:
             "sampled": {n: a._asdict() for n, a in sampled.items()},
             "greedy": {n: a._asdict() for n, a in greedy.items()},
         }
-        report.write_json(path, content)
+        runs.write_json(path, content)
         return sampled
 
     def reinforce(self, initial: Any) -> tuple[Any, float]:
@@ -264,7 +253,7 @@ def run(config: Config) -> report.Result:
     warmed = warmed_up(this)
     before = this.test("before", warmed)
     trained, speed = this.reinforce(warmed)
-    after = this.test("after", trained)
+    after = this.test(f"after_{config.rl.steps}", trained)
     this.writer.close()
     records = pg.train.metrics.read_metrics(this.directory)
     # Steps of earlier sittings of a resumed run count too; the total is this sitting's.

@@ -1,0 +1,1 @@
+"""What several experiments do alike: runs on disk, command lines, recipes with options."""
