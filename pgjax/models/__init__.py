@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pgjax.models import lora, quantization
 from pgjax.models.cache import (
     CompletionCache,
     PrefixCache,
@@ -45,6 +46,8 @@ __all__ = [
     "load_balancing_loss",
     "load_head",
     "load_reward_model",
+    "lora",
+    "quantization",
     "router_z_loss",
     "save_head",
     "save_pretrained",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pgjax.models import quantization
+from pgjax.models.quantization import QuantizedMatrix
 
 Weight = Any  # an array, a LowRank or a quantised matrix
 """What stands for a matrix in a tree of parameters."""
@@ -84,10 +84,8 @@ def dense(weight: Weight, dtype: Any = None) -> Array:
     Raises:
       ValueError: something that stands for no matrix.
     """
-    if isinstance(weight, LowRank):
+    if isinstance(weight, LowRank | QuantizedMatrix):
         return weight.dense(dtype)
-    if quantization.is_quantized(weight):
-        return quantization.dequantize(weight, dtype)
     if not isinstance(weight, jax.Array | np.ndarray):
         raise ValueError(
             f"weight: expected an array, a LowRank or a quantised matrix, got {weight!r}"

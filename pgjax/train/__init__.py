@@ -3,7 +3,8 @@
 from pgjax.train import checkpoints, metrics
 from pgjax.train.evaluation import accuracy_by_level, evaluate_text
 from pgjax.train.loop import Interrupted, fit
-from pgjax.train.outputs import OutputsFunction, language_model_outputs
+from pgjax.train.outputs import OutputsFunction, language_model_outputs, record_experts
+from pgjax.train.partial import combine, only, partition, trainable_mask
 from pgjax.train.rollouts import to_rollout
 from pgjax.train.state import TrainState, init, shardings
 from pgjax.train.text import host_reward, make_text_step
@@ -15,6 +16,7 @@ __all__ = [
     "TrainState",
     "accuracy_by_level",
     "checkpoints",
+    "combine",
     "evaluate_text",
     "fit",
     "host_reward",
@@ -23,6 +25,10 @@ __all__ = [
     "make_text_step",
     "make_update",
     "metrics",
+    "only",
+    "partition",
+    "record_experts",
     "shardings",
     "to_rollout",
+    "trainable_mask",
 ]

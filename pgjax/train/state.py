@@ -18,7 +18,7 @@ class TrainState(_Replaceable):
     """Parameters, optimizer state, step count and PRNG key: all that an update reads and writes.
 
     Attributes:
-      params: pytree of arrays.
+      params: pytree of arrays: all that is trained, and only that.
       opt_state: of the optimizer the update was made with.
       step: int32 scalar, updates (rollout batches) so far.
       key: the run's key; every step derives its own by `fold_in(key, step)`, so the key itself

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from pgjax import models, rewards, sampling
 from pgjax.train.loop import Step
+from pgjax.train.partial import combine
 from pgjax.train.rollouts import to_rollout
 from pgjax.train.state import TrainState
 from pgjax.train.update import Update
@@ -38,6 +39,8 @@ def make_text_step(
     top_p: float | None = None,
     min_p: float | None = None,
     reference_params: Any | None = None,
+    frozen: Any | None = None,
+    generate: Callable[..., sampling.Samples] = sampling.generate,
     on_samples: Callable[[int, sampling.Samples, Any], None] | None = None,
 ) -> Step:
     """A step `(state, prompt batch) -> (state, metrics)` for `fit`.
@@ -45,7 +48,8 @@ def make_text_step(
     Every random choice derives from the state's key and step, so a resumed run repeats it.
 
     Args:
-      decoder: from `pgjax.models`; its parameters are `state.params["decoder"]`.
+      decoder: from `pgjax.models`; its parameters are `state.params["decoder"]`, combined with
+        what is frozen.
       update: from `make_update`.
       reward: `(samples, batch, key) -> f32[P * G]`; pure JAX, or `host_reward`.
       num_samples: G, completions per prompt.
@@ -53,6 +57,10 @@ def make_text_step(
       stop_tokens: ids that end a completion.
       temperature, top_k, top_p, min_p: of the sampling distribution.
       reference_params: of the reference policy, for objectives that need one.
+      frozen: parameters that are not trained, see `train.combine`; with adapters, the base under
+        "decoder".
+      generate: how completions are sampled: `sampling.generate`, or another function of its
+        arguments, such as `sampling.generate_continuous` with its `num_slots` bound.
       on_samples: called with step, samples and rewards, for showing completions.
 
     Returns:
@@ -62,9 +70,9 @@ def make_text_step(
     def step(state: TrainState, batch: PromptBatch) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(state.key, state.step)
         sample_key, reward_key = jax.random.split(key)
-        samples = sampling.generate(
+        samples = generate(
             decoder,
-            state.params["decoder"],
+            combine(state.params, frozen)["decoder"],
             batch["prompts"],
             batch["prompt_lengths"],
             sample_key,
@@ -79,7 +87,7 @@ def make_text_step(
         scores = reward(samples, batch, reward_key)
         if on_samples is not None:
             on_samples(int(state.step) + 1, samples, scores)
-        state, metrics = update(state, to_rollout(samples, scores), reference_params)
+        state, metrics = update(state, to_rollout(samples, scores), reference_params, frozen)
         return state, {**metrics, "tokens": samples.mask.sum()}
 
     return step

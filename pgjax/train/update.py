@@ -6,6 +6,7 @@ the minibatch's own (global) denominators before it is cut into microbatches.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from pgjax.aggregate import masked_mean
 from pgjax.objectives import Objective
 from pgjax.objectives.objective import groups_without_signal
 from pgjax.train.outputs import OutputsFunction
+from pgjax.train.partial import combine
 from pgjax.train.state import TrainState
 from pgjax.types import PolicyOutputs, Rollout
 
@@ -72,15 +74,20 @@ def make_update(
     widths: Sequence[int] = (),
     state_shardings: TrainState | None = None,
 ) -> Update:
-    """A jitted `update(state, rollout, reference_params=None) -> (state, metrics)`.
+    """A jitted `update(state, rollout, reference_params=None, frozen=None) -> (state, metrics)`.
 
-    The state is donated. Per call: rollout fields that the objective needs and the rollout lacks
+    The state is donated. Where parameters are `frozen`, the state's are those trained, and
+    `outputs` sees `train.combine` of the two: an adapter attached to its frozen matrix, say. What
+    is frozen has no gradient and no optimizer state, and is neither donated nor part of a
+    checkpoint; it may serve as `reference_params` too where adapters are all that is trained.
+
+    Per call: rollout fields that the objective needs and the rollout lacks
     (`reference_logprobs`, `proximal_logprobs`, old `values`) are computed; `objective.prepare`;
     then `num_epochs` passes over `num_minibatches` shuffled minibatches, one optimizer step each,
     whose gradient is accumulated over `num_microbatches`.
 
     Args:
-      outputs: `(params, rollout, needs) -> PolicyOutputs`.
+      outputs: `(params, rollout, needs) -> PolicyOutputs`, of whole parameters.
       objective: any `pgjax.Objective`.
       optimizer: any Optax transformation; put `optax.clip_by_global_norm` into its chain to clip.
       num_epochs: passes over the batch.
@@ -114,7 +121,9 @@ def make_update(
         raise ValueError(f"widths: expected numbers of at least 1, got {tuple(widths)}")
     needs = objective.needs
 
-    def fill(params: Any, rollout: Rollout, reference_params: Any | None) -> Rollout:
+    def fill(
+        policy: OutputsFunction, params: Any, rollout: Rollout, reference_params: Any | None
+    ) -> Rollout:
         """Computes the rollout fields that the objective needs and the rollout lacks."""
         parts = num_minibatches * num_microbatches
         changes: dict[str, Any] = {}
@@ -133,15 +142,17 @@ def make_update(
         }
         if wanted:
             extra = frozenset({"values"}) if "values" in wanted else _LOGPROBS_ONLY
-            old = _in_parts(lambda r: outputs(params, r, extra), rollout, parts)
+            old = _in_parts(lambda r: policy(params, r, extra), rollout, parts)
             changes |= {name: getattr(old, field) for name, field in wanted.items()}
         return rollout.replace(**jax.lax.stop_gradient(changes))
 
-    def gradient(params: Any, minibatch: Rollout) -> tuple[Any, Array, PolicyOutputs]:
+    def gradient(
+        policy: OutputsFunction, params: Any, minibatch: Rollout
+    ) -> tuple[Any, Array, PolicyOutputs]:
         minibatch = objective.weigh(minibatch)
 
         def loss(params: Any, part: Rollout) -> tuple[Array, PolicyOutputs]:
-            out = outputs(params, part, needs)
+            out = policy(params, part, needs)
             return objective.value(out, part), jax.lax.stop_gradient(out).replace(features=None)
 
         value_and_grad = jax.value_and_grad(loss, has_aux=True)
@@ -188,10 +199,10 @@ def make_update(
         return grads, value, out
 
     def optimizer_step(
-        carry: tuple[Any, optax.OptState], minibatch: Rollout
+        policy: OutputsFunction, carry: tuple[Any, optax.OptState], minibatch: Rollout
     ) -> tuple[tuple[Any, optax.OptState], Metrics]:
         params, opt_state = carry
-        grads, value, out = gradient(params, minibatch)
+        grads, value, out = gradient(policy, params, minibatch)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         metrics = _diagnostics(objective, out, minibatch)
         metrics |= {
@@ -202,27 +213,34 @@ def make_update(
         return (optax.apply_updates(params, updates), opt_state), metrics
 
     def update(
-        state: TrainState, rollout: Rollout, reference_params: Any | None = None
+        state: TrainState,
+        rollout: Rollout,
+        reference_params: Any | None = None,
+        frozen: Any | None = None,
     ) -> tuple[TrainState, Metrics]:
+        def policy(params: Any, rollout: Rollout, needs: frozenset[str]) -> PolicyOutputs:
+            return outputs(combine(params, frozen), rollout, needs)
+
+        step = functools.partial(optimizer_step, policy)
         batch = rollout.tokens.shape[0]
         if batch % (num_minibatches * num_microbatches):
             raise ValueError(
                 f"rollout: {batch} sequences cannot be cut into num_minibatches={num_minibatches} "
                 f"times num_microbatches={num_microbatches} equal parts"
             )
-        rollout = fill(state.params, rollout, reference_params)
+        rollout = fill(policy, state.params, rollout, reference_params)
         batch_metrics = _batch_metrics(rollout)
         prepared = objective.prepare(rollout)
         carry = (state.params, state.opt_state)
         if num_epochs == num_minibatches == 1:
-            carry, metrics = optimizer_step(carry, prepared)
+            carry, metrics = step(carry, prepared)
         else:
             key = jax.random.fold_in(state.key, state.step)
 
             def epoch(carry: Any, key: Array) -> tuple[Any, Metrics]:
                 order = jax.random.permutation(key, batch)
                 shuffled = jax.tree.map(lambda x: x[order], prepared)
-                return jax.lax.scan(optimizer_step, carry, _split(shuffled, num_minibatches))
+                return jax.lax.scan(step, carry, _split(shuffled, num_minibatches))
 
             carry, stacked = jax.lax.scan(epoch, carry, jax.random.split(key, num_epochs))
             metrics = {name: _REDUCE.get(name, jnp.mean)(x) for name, x in stacked.items()}
