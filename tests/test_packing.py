@@ -160,6 +160,31 @@ def test_replayed_experts_are_used():
     assert np.abs(outputs(params, other, frozenset()).logprobs - natural).max() > 1e-2
 
 
+def test_a_samplers_routes_are_the_learners_and_are_replayed():
+    """R3: what the sampler recorded; with equal weights it is what the learner would choose."""
+    decoder, params = build(moe=EXPERTS)
+    prompts, lengths = pg.sampling.pad_prompts([[1, 2, 3], [4], [5, 6, 7, 8, 9]])
+    samples = pg.sampling.generate(
+        decoder,
+        params["decoder"],
+        prompts,
+        lengths,
+        jax.random.key(3),
+        num_samples=2,
+        max_new_tokens=7,
+        stop_tokens=(0,),
+        record_experts=True,
+    )
+    rollout = pg.train.to_rollout(samples, jnp.zeros(6))
+    natural = pg.train.record_experts(decoder, params, rollout).experts
+    # All tokens that the sampler ran: the last one of each completion it only chose.
+    ran = np.arange(12) < np.asarray(samples.lengths)[:, None] - 1
+    np.testing.assert_array_equal(rollout.experts[ran], natural[ran])
+    outputs = jax.jit(pg.train.language_model_outputs(decoder), static_argnums=2)
+    found = outputs(params, rollout, frozenset()).logprobs
+    np.testing.assert_allclose(found, samples.logprobs, atol=1e-4)
+
+
 def test_errors():
     decoder, _ = build()
     with pytest.raises(ValueError, match=r"packed_shares: expected numbers in \(0, 1\), got 1.5"):

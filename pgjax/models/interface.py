@@ -139,6 +139,20 @@ class FunctionalDecoder:
             )
         return self._merge(params).prefill(tokens, lengths)[:2]
 
+    def prefill_with_routing(
+        self, params: Params, tokens: Int[Array, "P Tp"], lengths: Int[Array, " P"]
+    ) -> tuple[Float[Array, "P H"], PrefixCache, Routing]:
+        """`prefill`, and the routers' logits and the experts used.
+
+        Raises:
+          ValueError: the decoder has no mixture of experts.
+        """
+        self._check_moe("prefill_with_routing")
+        self._check_rows(tokens)
+        hidden, cache, routing = self._merge(params).prefill(tokens, lengths)
+        assert routing is not None
+        return hidden, cache, routing
+
     def decode_step(
         self,
         params: Params,
@@ -162,6 +176,24 @@ class FunctionalDecoder:
         _checks.rank("tokens", tokens, 2)
         _checks.integer(tokens=tokens)
         return self._merge(params).decode_step(tokens, prefix, completion, step)[:2]
+
+    def decode_step_with_routing(
+        self,
+        params: Params,
+        tokens: Int[Array, "P G"],
+        prefix: PrefixCache,
+        completion: CompletionCache,
+        step: Int[Array, ""],
+    ) -> tuple[Float[Array, "P G H"], CompletionCache, Int[Array, "L P G k"]]:
+        """`decode_step`, and the experts used.
+
+        Raises:
+          ValueError: the decoder has no mixture of experts.
+        """
+        self._check_moe("decode_step_with_routing")
+        hidden, cache, experts = self._merge(params).decode_step(tokens, prefix, completion, step)
+        assert experts is not None
+        return hidden, cache, experts
 
     def extend(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pgjax.sampling import engines, speculative
+from pgjax.sampling.continuous import generate_continuous
 from pgjax.sampling.filters import (
     filter_logits,
     min_p_threshold,
@@ -9,14 +11,18 @@ from pgjax.sampling.filters import (
     top_p_threshold,
 )
 from pgjax.sampling.prompts import pad_prompts
-from pgjax.sampling.text import Samples, generate
+from pgjax.sampling.samples import Samples
+from pgjax.sampling.text import generate
 
 __all__ = [
     "Samples",
+    "engines",
     "filter_logits",
     "generate",
+    "generate_continuous",
     "min_p_threshold",
     "pad_prompts",
+    "speculative",
     "top_k_threshold",
     "top_p_threshold",
 ]

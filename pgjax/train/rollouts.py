@@ -41,4 +41,5 @@ def to_rollout(
         rewards=rewards,
         group_ids=samples.prompt_ids if group_ids is None else group_ids,
         truncated=samples.truncated,
+        experts=samples.experts,
     )
