@@ -1,0 +1,1 @@
+"""Post-training of checkpoints in Hugging Face's format on problems with checkable answers."""

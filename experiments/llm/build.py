@@ -1,0 +1,127 @@
+"""Model, adapters, optimizer and what of it all is trained, as configured."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import pgjax as pg
+from experiments.llm.config import Common, Tuning
+from experiments.shared import optimizers
+from pgjax.models import lora, quantization
+from pgjax.tasks import chat
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A loaded model, split into what is trained and what is frozen.
+
+    Attributes:
+      decoder: its functions.
+      trainable: the parameters that an update changes, `{"decoder": ..., "value_head": ...}`.
+      frozen: the rest, for `train.combine`; None where all is trained.
+      tokenizer: of the checkpoint.
+      stop_tokens: ids that end a completion.
+      pad: id of padding.
+    """
+
+    decoder: pg.models.FunctionalDecoder
+    trainable: dict[str, Any]
+    frozen: Any
+    tokenizer: Any
+    stop_tokens: tuple[int, ...]
+    pad: int
+
+    def whole(self, trainable: Any) -> Any:
+        """All parameters, given those that are trained."""
+        return pg.train.combine(trainable, self.frozen)
+
+
+def load_policy(config: Common, tuning: Tuning, mesh: Any, *, with_values: bool) -> Policy:
+    """The checkpoint at `config.model`, placed on the mesh, with fresh adapters or a value head."""
+    tokenizer = chat.load_tokenizer(config.model)
+    adapters_only = tuning.train == "lora"
+    if tuning.base != "as_loaded" and not adapters_only:
+        raise ValueError(
+            f"tuning.base: {tuning.base} parameters cannot be trained; use --tuning.train lora"
+        )
+    decoder, params = pg.models.from_pretrained(
+        config.model,
+        mesh=mesh,
+        dtype=tuning.dtype,
+        param_dtype=tuning.dtype if adapters_only else tuning.param_dtype,
+        remat=tuning.remat,
+    )
+    chat.check_vocabulary(tokenizer, decoder.config)
+    trainable: dict[str, Any] = {"decoder": params}
+    frozen = None
+    if adapters_only:
+        key = jax.random.key(config.seed)
+        adapters = lora.init(
+            params, key, rank=tuning.rank, alpha=tuning.alpha, targets=tuning.targets
+        )
+        axes = lora.logical_axes(decoder.logical_axes(), adapters)
+        adapters = pg.parallel.shard(adapters, pg.parallel.shardings(axes, mesh, shapes=adapters))
+        quantize = {"int8": quantization.int8, "nf4": quantization.nf4}.get(tuning.base)
+        frozen = {"decoder": params if quantize is None else quantize(params)}
+        trainable = {"decoder": adapters}
+    if with_values:
+        head = pg.models.value_head_init(decoder.config, jax.random.key(config.seed))
+        axes = pg.models.value_head_logical_axes()
+        placed = pg.parallel.shardings(axes, mesh, shapes=head)
+        trainable["value_head"] = pg.parallel.shard(head, placed)
+    return Policy(
+        decoder=decoder,
+        trainable=trainable,
+        frozen=frozen,
+        tokenizer=tokenizer,
+        stop_tokens=tuple(chat.stop_token_ids(tokenizer, config.model)),
+        pad=chat.pad_token_id(tokenizer),
+    )
+
+
+def reference_of(policy: Policy, needed: bool) -> Any | None:
+    """Parameters of the policy before training, for objectives that penalise leaving it."""
+    if not needed:
+        return None
+    if policy.frozen is not None:
+        return policy.frozen
+    return {"decoder": jax.tree.map(jnp.copy, policy.trainable["decoder"])}
+
+
+def make_optimizer(tuning: Tuning) -> optax.GradientTransformation:
+    """Clipping by global norm, then the named optimizer with a linearly warmed-up rate."""
+    steps = max(tuning.warmup_steps, 1)
+    rate = optax.linear_schedule(tuning.learning_rate / steps, tuning.learning_rate, steps)
+    decay = tuning.weight_decay
+    optimizer = {
+        "adamw": lambda: optax.adamw(rate, weight_decay=decay),
+        "adam": lambda: optax.adam(rate),
+        "sgd": lambda: optax.sgd(rate, momentum=0.9),
+        "lion": lambda: optax.lion(rate, weight_decay=decay),
+        "muon": lambda: optax.contrib.muon(
+            rate, weight_decay=decay, muon_weight_dimension_numbers=optimizers.matrix_axes
+        ),
+    }[tuning.optimizer]()
+    return optax.chain(optax.clip_by_global_norm(tuning.clip_norm), optimizer)
+
+
+def export(config: Common, policy: Policy, trainable: Any, directory: Any) -> list[str]:
+    """Writes the trained model, adapters and value head; returns what was written."""
+    written = [str(directory / "model")]
+    params = policy.whole(trainable)["decoder"]
+    if policy.frozen is not None:
+        adapters = trainable["decoder"]
+        lora.save_peft(directory / "adapter", adapters, base_model=str(config.model))
+        written.append(str(directory / "adapter"))
+        params = lora.merge(policy.frozen["decoder"], adapters)
+    pg.models.save_pretrained(
+        directory / "model", policy.decoder, params, source=config.model, overwrite=True
+    )
+    if "value_head" in trainable:
+        pg.models.save_head(directory / "model", trainable["value_head"], kind="value")
+    return written
