@@ -47,7 +47,7 @@ def flags(checkpoint, task, out, **changes):
     values = {
         "model": checkpoint,
         "out": out,
-        "data.task": task,
+        "task": task,
         "data.suffix": "",
         "data.prompt-lengths": 48,
         "tuning.dtype": "float32",
@@ -180,7 +180,7 @@ def test_quantised_base_with_adapters(checkpoint, task, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.task": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"task": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"objective-options": "beta=1"}, "grpo has no option 'beta'"),
         ({"tuning.base": "int8"}, "tuning.base: int8 parameters cannot be trained"),
         ({"data.prompt-lengths": 4}, "no prompt of"),
@@ -274,5 +274,5 @@ def test_help_explains_every_field(capsys):
             module.main(["--help"])
         assert stop.value.code == 0
         text = capsys.readouterr().out
-        for flag in ("--model", "--tuning.train", "--data.task", "--evaluation.samples", "--mesh"):
+        for flag in ("--model", "--tuning.train", "--task", "--evaluation.samples", "--mesh"):
             assert flag in text

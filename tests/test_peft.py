@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 
@@ -183,6 +184,40 @@ def test_peft_reads_what_is_saved_here(rule, kind, tmp_path):
     assert np.abs(np.asarray(expected - logits_of(decoder, params, TOKENS))).max() > 0.5
 
 
+def test_a_checkpoint_and_an_adapter_of_the_hub_work_together(tmp_path):
+    """Qwen2, with biases in its projections, from files as PEFT and transformers write them."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
+            vocab_size=17,
+            hidden_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=32,
+            tie_word_embeddings=True,
+        )
+    ).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.3)
+    model.save_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    ).eval()
+    for key, parameter in model.named_parameters():
+        if "lora_" in key:
+            parameter.data.normal_(0, 0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    decoder, params = models.from_pretrained(tmp_path / "base")
+    adapters = lora.load_peft(tmp_path / "adapter", params)
+    found = logits_of(decoder, lora.attach(params, adapters), TOKENS)
+    expected = torch_logits(model)
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max())
+
+
 def test_bfloat16_adapters_survive(tmp_path):
     _, params = build()
     adapters = lora.init(params, jax.random.key(0), rank=2, alpha=4, dtype=jnp.bfloat16)
@@ -303,4 +338,7 @@ def test_what_peft_has_no_name_for_is_not_saved(tmp_path):
         lora.save_peft(tmp_path, both)
     with pytest.raises(ValueError, match="decoder/layers/attention/query has no PEFT module"):
         lora.save_peft(tmp_path, {"decoder": one})
+    fused = dataclasses.replace(CONFIG, norm="layer", learned_positions=True)
+    with pytest.raises(ValueError, match=r"config: GPT-2 has .* in one module \(c_attn\)"):
+        lora.save_peft(tmp_path, one, config=fused)
     assert not list(tmp_path.iterdir())

@@ -228,7 +228,7 @@ def test_experts_can_be_quantised():
 
 
 def test_the_backward_pass_keeps_no_dense_matrices():
-    """Beyond what a float32 base needs, which needs no second copy, at most one dense layer."""
+    """Neither of a quantised base nor of a float one: what it takes is of one layer, not of six."""
     config = models.DecoderConfig(
         vocab_size=13,
         hidden_size=128,
@@ -252,7 +252,8 @@ def test_the_backward_pass_keeps_no_dense_matrices():
         math.prod(functools.reduce(lambda t, k: t[k], name.split("/"), params).shape[1:])
         for name in matrices.of(params)
     )
-    assert temporary(base) < temporary(params) + one_layer
+    assert temporary(base) < 2 * one_layer
+    assert temporary(params) < 2 * one_layer
 
 
 def _abstract_nf4(params):

@@ -15,14 +15,8 @@ OptimizerName = Literal["adamw", "adam", "sgd", "lion", "muon"]
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Problems and how they are put to the model."""
+    """How problems are read and put to the model."""
 
-    task: str = "synthetic"
-    """A JSON-lines file (fields as in GSM8K, MATH, or prompt and answer), the name of a prepared
-    TFDS data set such as gsm8k, or synthetic: generated word problems."""
-    test_task: str | None = None
-    """Where the test problems come from; default: a part of `task`, chosen by a hash of each
-    question, that training never sees."""
     split: str = "train"
     """Of a TFDS data set."""
     test_split: str = "test"
@@ -125,6 +119,12 @@ class Common:
 
     model: pathlib.Path = pathlib.Path("model")
     """Directory of a checkpoint in Hugging Face's format, tokenizer included."""
+    task: str = "synthetic"
+    """A JSON-lines file (fields as in GSM8K, MATH, or prompt and answer), the name of a prepared
+    TFDS data set such as gsm8k, or synthetic: generated word problems."""
+    test_task: str | None = None
+    """Where the test problems come from; default: a part of `task`, chosen by a hash of each
+    question, that training never sees."""
     out: pathlib.Path | None = None
     """Directory of the run; default: the next free one under runs/."""
     resume: bool = False
@@ -179,7 +179,7 @@ class SFTConfig(Common):
     evaluation: Evaluation = Evaluation()
 
 
-_GSM8K = Data(task="gsm8k", test_task="gsm8k", prompt_lengths=(256, 512))
+_GSM8K = Data(prompt_lengths=(256, 512))
 
 # Numbers that are not said to be ours are those of the source named.
 GRPO_PRESETS: dict[str, GRPOConfig] = {
@@ -188,6 +188,8 @@ GRPO_PRESETS: dict[str, GRPOConfig] = {
     # it is PPO there. Eight samples are ours.
     "qwen2.5-0.5b": GRPOConfig(
         preset="qwen2.5-0.5b",
+        task="gsm8k",
+        test_task="gsm8k",
         data=_GSM8K,
         tuning=Tuning(microbatches=8),
         rl=RL(steps=435, prompts=256, samples=8, max_new_tokens=256, minibatches=4),
@@ -196,6 +198,8 @@ GRPO_PRESETS: dict[str, GRPOConfig] = {
     # 1e-6, 3000 tokens, temperature 1, no KL.
     "qwen2.5-1.5b": GRPOConfig(
         preset="qwen2.5-1.5b",
+        task="gsm8k",
+        test_task="gsm8k",
         objective="dr_grpo",
         data=dataclasses.replace(_GSM8K, prompt_lengths=(256, 512, 1024)),
         tuning=Tuning(microbatches=32),
@@ -205,6 +209,8 @@ GRPO_PRESETS: dict[str, GRPOConfig] = {
     # 512 and 1024 tokens, 1e-6, KL 0.001 in the loss.
     "qwen2.5-7b": GRPOConfig(
         preset="qwen2.5-7b",
+        task="gsm8k",
+        test_task="gsm8k",
         objective_options=("kl_coefficient=0.001",),
         data=_GSM8K,
         tuning=Tuning(microbatches=32),
@@ -215,6 +221,8 @@ GRPO_PRESETS: dict[str, GRPOConfig] = {
     # replay buffer has no counterpart here. 32 prompts are ours.
     "qwen3-1.7b": GRPOConfig(
         preset="qwen3-1.7b",
+        task="gsm8k",
+        test_task="gsm8k",
         data=_GSM8K,
         tuning=Tuning(learning_rate=1e-5, warmup_steps=1, microbatches=8),
         rl=RL(steps=200, prompts=32, samples=8, max_new_tokens=512),

@@ -23,12 +23,12 @@ class Parts:
     test: text_problems.Problems
 
 
-def load(data: Data, seed: int) -> Parts:
+def load(data: Data, task: str, test_task: str | None, seed: int) -> Parts:
     """The three parts; no question is in two of them."""
-    train, held_out = text_problems.split(_load(data, data.task, data.split, seed), held_out=0.2)
+    train, held_out = text_problems.split(_load(data, task, data.split, seed), held_out=0.2)
     validation, test = text_problems.split(held_out, held_out=0.5, salt="test")
-    if data.test_task is not None:
-        test = _load(data, data.test_task, data.test_split, seed + 1)
+    if test_task is not None:
+        test = _load(data, test_task, data.test_split, seed + 1)
     return Parts(train, validation, test)
 
 

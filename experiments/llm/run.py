@@ -39,7 +39,7 @@ class Run:
         # What can be wrong with the model or the data is found before a directory is made.
         self.policy = build.load_policy(config, config.tuning, self.mesh, with_values=with_values)
         self.encode = problems.encoder(config.data, self.policy.tokenizer)
-        parts = problems.load(config.data, config.seed)
+        parts = problems.load(config.data, config.task, config.test_task, config.seed)
         self.parts = problems.Parts(
             *(
                 pg.tasks.text_problems.within_length(

@@ -14,6 +14,7 @@ import numpy as np
 
 from pgjax import _paths
 from pgjax.models import matrices
+from pgjax.models.config import DecoderConfig
 from pgjax.models.lora.adapters import Adapter, is_adapter
 
 _MODULES = {
@@ -42,7 +43,11 @@ _NAME = re.compile(
 
 
 def save_peft(
-    directory: str | pathlib.Path, adapters: Mapping[str, Any], *, base_model: str | None = None
+    directory: str | pathlib.Path,
+    adapters: Mapping[str, Any],
+    *,
+    base_model: str | None = None,
+    config: DecoderConfig | None = None,
 ) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors`, which PEFT loads.
 
@@ -53,11 +58,17 @@ def save_peft(
       directory: made where it does not exist.
       adapters: of one decoder, `{"layers": ...}`.
       base_model: name or path of the base model, as a note to others.
+      config: of the base; with it, a base whose projections are fused is refused.
 
     Raises:
-      ValueError: no adapters, one whose matrix has no such module (an expert's, say), or both
-        scaling rules.
+      ValueError: a base such as GPT-2, no adapters, one whose matrix has no such module (an
+        expert's, say), or both scaling rules.
     """
+    if config is not None and config.learned_positions:
+        raise ValueError(
+            "config: GPT-2 has query, key and value in one module (c_attn), for which adapters of "
+            "each cannot be saved; merge them instead"
+        )
     named = _named_adapters(adapters)
     rules = {adapter.rule for adapter in named.values()}
     if len(rules) > 1:
@@ -75,7 +86,7 @@ def save_peft(
     ranks = {modules[path]: adapter.rank for path, adapter in named.items()}
     alphas = {modules[path]: _number(adapter.alpha) for path, adapter in named.items()}
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    config = {
+    described = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
@@ -95,7 +106,7 @@ def save_peft(
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n")
 
 
 def load_peft(
