@@ -536,8 +536,8 @@ def leftovers_now(directory):
     return [p.name for p in pathlib.Path(directory).iterdir() if "tmp" in p.name]
 
 
-def test_leaving_without_close_completes_the_last_save(tmp_path):
-    """A process that forgets to close completes its last save, and ends."""
+def test_leaving_without_close_ends_with_complete_checkpoints(tmp_path):
+    """A process that forgets to close ends; its last save is complete, or said to have failed."""
     code = SAVE_FOR_EVER.replace("while True:", "for _ in range(3):")
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
@@ -547,9 +547,12 @@ def test_leaving_without_close_completes_the_last_save(tmp_path):
         timeout=60,
     )
     assert done.returncode == 0 and done.stdout.split()[-1] == "3", done.stderr
-    assert done.stderr == ""
     with checkpoints.open_readonly(tmp_path) as reader:
-        assert reader.steps() == [2, 3]
+        steps = reader.steps()
+    if sys.version_info < (3, 12) or not done.stderr:
+        assert steps == [2, 3] and done.stderr == ""
+    else:  # no thread can be started any more, and the save needed one
+        assert steps[-1] == 2 and "the last save is missing" in done.stderr, done.stderr
 
 
 OTHER_MESH = textwrap.dedent(

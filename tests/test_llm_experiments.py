@@ -43,11 +43,11 @@ def task(tmp_path_factory):
     return path
 
 
-def flags(checkpoint, task, out, **changes):
+def flags(checkpoint, problems, out, **changes):
     values = {
         "model": checkpoint,
         "out": out,
-        "task": task,
+        "task": problems,
         "data.suffix": "",
         "data.prompt-lengths": 48,
         "tuning.dtype": "float32",
@@ -66,9 +66,9 @@ def flags(checkpoint, task, out, **changes):
     return [text for name, value in values.items() for text in (f"--{name}", str(value))]
 
 
-def grpo_flags(checkpoint, task, out, **changes):
+def grpo_flags(checkpoint, problems, out, **changes):
     rl = {"rl.steps": 1, "rl.prompts": 2, "rl.samples": 4, "rl.max-new-tokens": 6}
-    return flags(checkpoint, task, out, **(rl | changes))
+    return flags(checkpoint, problems, out, **(rl | changes))
 
 
 def weights(directory):

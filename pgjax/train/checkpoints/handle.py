@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import warnings
 import weakref
@@ -28,17 +29,26 @@ def _first_line(error: BaseException) -> str:
 
 
 def _close_before_exit(handle: Checkpoints) -> None:
-    """Lets a process that never calls `close` finish its last save, and end.
+    """Lets a process that never calls `close` end, and its last save finish where it can.
 
     The writing threads need executors, which refuse work once the interpreter shuts down, and
     then wait for each other for ever. `atexit` comes after that; this hook, which the executors
-    themselves use, comes before, since the last one registered is called first.
+    themselves use, comes before, since the last one registered is called first. From Python 3.12
+    on no thread can be started by then, so a save under way may fail: that is said, and the
+    checkpoints before it are whole.
     """
     reference = weakref.ref(handle)
 
     def close() -> None:
         if (alive := reference()) is not None:
-            alive.close()
+            try:
+                alive.close()
+            except Exception as error:  # whatever it is: no one is left to raise it to
+                print(
+                    f"{alive.directory}: the process ended before its checkpoints were closed; "
+                    f"the last save is missing ({_first_line(error)})",
+                    file=sys.stderr,
+                )
 
     register = getattr(threading, "_register_atexit", None)  # not public; there since Python 3.9
     if register is not None:
