@@ -199,7 +199,7 @@ class Peer:
         loss = self.model(self.rows, labels=self.rows).loss
         loss.backward()
         self.optimizer.step()
-        return float(loss)
+        return loss.item()
 
 
 def beside_transformers(name: str, runs: int) -> list[harness.Row]:
