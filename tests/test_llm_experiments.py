@@ -133,6 +133,19 @@ def test_every_objective_trains_and_exports(checkpoint, task, tmp_path, objectiv
     assert np.isfinite(record["loss"]) and record["tokens"] > 0
 
 
+def test_experts_adapters_are_merged_though_peft_has_no_form_for_them(task, tmp_path, capsys):
+    sizes = {"num_experts": 2, "experts_per_token": 1, "expert_size": 16}
+    mixture = models.MoEConfig(**sizes, normalize_weights=True)
+    model = tiny_checkpoint.make(
+        tmp_path / "model", moe=mixture, qk_norm="head", num_layers=1, hidden_size=16
+    )
+    out = tmp_path / "run"
+    changes = {"tuning.train": "lora", "tuning.rank": 2}
+    assert grpo_llm.main(grpo_flags(model, task, out, **changes)) == 0
+    assert "adapters not written in PEFT's format" in capsys.readouterr().out
+    assert not (out / "adapter").exists() and (out / "model" / "config.json").is_file()
+
+
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_export_generates_the_same_text_under_transformers(checkpoint, task, tmp_path, train):
     """After supervised steps, which move the weights whatever the answers are worth."""

@@ -110,18 +110,24 @@ def make_optimizer(tuning: Tuning) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(tuning.clip_norm), optimizer)
 
 
-def export(config: Common, policy: Policy, trainable: Any, directory: Any) -> list[str]:
-    """Writes the trained model, adapters and value head; returns what was written."""
-    written = [str(directory / "model")]
+def export(config: Common, policy: Policy, trainable: Any, directory: Any) -> None:
+    """Writes the trained model, value head and, where PEFT has a form for them, the adapters."""
     params = policy.whole(trainable)["decoder"]
     if policy.frozen is not None:
-        adapters = trainable["decoder"]
-        lora.save_peft(directory / "adapter", adapters, base_model=str(config.model))
-        written.append(str(directory / "adapter"))
-        params = lora.merge(policy.frozen["decoder"], adapters)
+        params = lora.merge(policy.frozen["decoder"], trainable["decoder"])
     pg.models.save_pretrained(
         directory / "model", policy.decoder, params, source=config.model, overwrite=True
     )
     if "value_head" in trainable:
         pg.models.save_head(directory / "model", trainable["value_head"], kind="value")
-    return written
+    if policy.frozen is None:
+        return
+    try:
+        lora.save_peft(
+            directory / "adapter",
+            trainable["decoder"],
+            base_model=str(config.model),
+            config=policy.decoder.config,
+        )
+    except ValueError as error:  # experts' adapters, say; the merged model holds them all the same
+        print(f"adapters not written in PEFT's format: {error}")

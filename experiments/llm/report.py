@@ -17,14 +17,13 @@ from pgjax.train import evaluation
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a run came to: test accuracy before and after the training, and what was exported."""
+    """What a run came to: test accuracy before and after the training."""
 
     directory: pathlib.Path
     before: evaluation.Accuracy
     after: evaluation.Accuracy
     seconds: float
     tokens_per_second: float
-    exported: tuple[str, ...]
 
 
 def write_report(config: Common, result: Result, phase: str) -> None:

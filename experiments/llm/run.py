@@ -119,9 +119,8 @@ class Run:
         """Tests, exports and reports."""
         trained = state.params
         after = self.test(f"after_{int(state.step)}", self.policy.whole(trained))
-        written: list[str] = []
         if self.config.export:
-            written = build.export(self.config, self.policy, trained, self.directory)
+            build.export(self.config, self.policy, trained, self.directory)
         self.writer.close()
         records = pg.train.metrics.read_metrics(self.directory)
         result = report.Result(
@@ -132,7 +131,6 @@ class Run:
             tokens_per_second=float(
                 np.median([r["tokens/s"] for r in records if r["phase"] == phase])
             ),
-            exported=tuple(written),
         )
         report.write_report(self.config, result, phase)
         return result
