@@ -28,6 +28,9 @@ GLOBAL = AttentionKind(rotary=Rotary(theta=1000.0, scaling="linear", factor=2.0)
 NOPE = AttentionKind(rotary=None)
 EXPERTS = MoEConfig(num_experts=4, experts_per_token=2, expert_size=12, normalize_weights=True)
 VARIANTS = {
+    "plain": {"num_kv_heads": 4},
+    "grouped": {},
+    "multi_query_wide_heads": {"num_kv_heads": 1, "head_dim": 6},
     "window": {"attention_kinds": (LOCAL,)},
     "local_global": {"attention_kinds": (LOCAL, GLOBAL), "layer_kinds": (0, 1)},
     "period_and_rest": {
@@ -169,7 +172,7 @@ def test_packed_rows_equal_separate_rows(name):
 @pytest.mark.parametrize("name", ["plain", "local_global", "sinks"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_blocks_of_queries_change_nothing(name, packed, monkeypatch):
-    decoder, params = build(**VARIANTS.get(name, {}))
+    decoder, params = build(**VARIANTS[name])
     tokens = np.random.default_rng(5).integers(0, 11, (2, 23))
     options = {}
     if packed:

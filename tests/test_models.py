@@ -136,34 +136,6 @@ def test_forward_equals_float64_loop(name):
         )
 
 
-@pytest.mark.parametrize("name", ["plain", "grouped", "qk_norm", "multi_query_wide_heads"])
-def test_prefill_and_decode_equal_apply(name):
-    decoder, params = build(**VARIANTS[name])
-    rng = np.random.default_rng(2)
-    lengths, samples, steps = np.array([3, 5, 1]), 2, 4
-    prompts = rng.integers(0, 11, (3, 6))
-    completions = rng.integers(0, 11, (3, samples, steps))
-    hidden, prefix = jax.jit(decoder.prefill)(params, prompts, lengths)
-    cache = models.empty_completion_cache(
-        decoder.config, num_prompts=3, num_samples=samples, num_slots=steps
-    )
-    decode_step = jax.jit(decoder.decode_step)
-    found = []
-    for step in range(steps):
-        out, cache = decode_step(params, completions[:, :, step], prefix, cache, step)
-        found.append(out)
-    for p in range(3):
-        for g in range(samples):
-            row = np.zeros((1, 9), np.int32)
-            end = lengths[p] + steps
-            row[0, :end] = np.concatenate([prompts[p, : lengths[p]], completions[p, g]])
-            expected = hidden_and_logits(decoder, params, row)[0][0, lengths[p] - 1 : end]
-            np.testing.assert_allclose(hidden[p], expected[0], atol=2e-5, rtol=2e-5)
-            np.testing.assert_allclose(
-                np.stack([f[p, g] for f in found]), expected[1:], atol=2e-5, rtol=2e-5
-            )
-
-
 def test_padding_and_the_future_never_matter():
     decoder, params = build(num_kv_heads=2)
     rng = np.random.default_rng(4)

@@ -185,6 +185,18 @@ def test_a_samplers_routes_are_the_learners_and_are_replayed():
     np.testing.assert_allclose(found, samples.logprobs, atol=1e-4)
 
 
+def test_demonstrations_are_rollouts_of_reward_one():
+    tokens, mask = np.arange(6).reshape(2, 3), np.array([[False, True, True]] * 2)
+    batch = pg.train.demonstrations(tokens, mask)
+    np.testing.assert_array_equal(batch.tokens, tokens)
+    np.testing.assert_array_equal(batch.mask, mask)
+    assert batch.rewards.tolist() == [1.0, 1.0] and batch.group_ids.tolist() == [0, 1]
+    with pytest.raises(ValueError, match="mask: expected dtype bool"):
+        pg.train.demonstrations(tokens, mask.astype(np.float32))
+    with pytest.raises(ValueError, match=r"mask: expected shape \(2, 3\)"):
+        pg.train.demonstrations(tokens, mask[:, :2])
+
+
 def test_errors():
     decoder, _ = build()
     with pytest.raises(ValueError, match=r"packed_shares: expected numbers in \(0, 1\), got 1.5"):

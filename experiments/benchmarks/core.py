@@ -34,14 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in options.only:
         print(f"  {name} …", file=sys.stderr, flush=True)
         rows += SECTIONS[name].rows()
-    print(harness.table(rows))
-    missed = [row for row in rows if not row.within_limit]
-    for row in missed:
-        print(f"MISSED: {row.name} against {row.peer}: {row.ratio:.2f}, limit {row.limit}")
-    if options.out is not None:
-        options.out.write_text(harness.to_json(rows, device.device_kind) + "\n")
-        print(f"  {options.out}")
-    return 1 if missed else 0
+    return harness.finish(rows, options.out, device.device_kind)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -80,3 +81,15 @@ def to_json(rows: list[Row], device: str) -> str:
         "rows": [dataclasses.asdict(row) for row in rows],
     }
     return json.dumps(content, indent=2)
+
+
+def finish(rows: list[Row], out: pathlib.Path | None, device: str) -> int:
+    """Prints the table and what missed its limit, writes the JSON; the exit status."""
+    print(table(rows))
+    missed = [row for row in rows if not row.within_limit]
+    for row in missed:
+        print(f"MISSED: {row.name} against {row.peer}: {row.ratio:.2f}, limit {row.limit}")
+    if out is not None:
+        out.write_text(to_json(rows, device) + "\n")
+        print(f"  {out}")
+    return 1 if missed else 0

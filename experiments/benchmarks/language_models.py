@@ -142,13 +142,8 @@ def trainer(size: Size, decoder: Any, params: Any) -> Callable[[], Any]:
     )
     rng = np.random.default_rng(1)
     shape = (size.rows, size.length)
-    batch = Rollout(
-        tokens=jnp.asarray(rng.integers(0, size.config["vocab_size"], shape), jnp.int32),
-        mask=jnp.ones(shape, bool).at[:, 0].set(False),
-        behavior_logprobs=jnp.zeros(shape, jnp.float32),
-        rewards=jnp.ones(size.rows, jnp.float32),
-        group_ids=jnp.arange(size.rows, dtype=jnp.int32),
-    )
+    tokens = jnp.asarray(rng.integers(0, size.config["vocab_size"], shape), jnp.int32)
+    batch = train.demonstrations(tokens, jnp.ones(shape, bool).at[:, 0].set(False))
     held = [state]
 
     def run() -> Any:
@@ -379,14 +374,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.no_program:
         print("  1.5B …", file=sys.stderr, flush=True)
         rows += program_rows()
-    print(harness.table(rows))
-    missed = [row for row in rows if not row.within_limit]
-    for row in missed:
-        print(f"MISSED: {row.name} against {row.peer}: {row.ratio:.2f}, limit {row.limit}")
-    if options.out is not None:
-        options.out.write_text(harness.to_json(rows, device.device_kind) + "\n")
-        print(f"  {options.out}")
-    return 1 if missed else 0
+    return harness.finish(rows, options.out, device.device_kind)
 
 
 if __name__ == "__main__":

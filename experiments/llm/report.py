@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
 import jax
-import numpy as np
 
 import pgjax as pg
 from experiments.llm.config import Common
@@ -39,9 +39,7 @@ def write_report(config: Common, result: Result, phase: str) -> None:
     runs.write_json(result.directory / "results.json", content)
     records = pg.train.metrics.read_metrics(result.directory)
 
-    def curve(phase: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-        rows = [r for r in records if r["phase"] == phase and name in r]
-        return np.array([r["step"] for r in rows]), np.array([r[name] for r in rows])
+    curve = functools.partial(runs.curve, records)
 
     evaluated = f"{phase}_evaluation"
     panels: dict[str, dict[str, tuple[Any, Any]]] = {

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import pgjax as pg
@@ -239,7 +238,7 @@ def fine_tune(config: SFTConfig) -> report.Result:
         )
 
         def step(state: pg.train.TrainState, batch: Any) -> Any:
-            rollout = run.place(_demonstrated(batch))
+            rollout = run.place(pg.train.demonstrations(batch["tokens"], batch["mask"]))
             state, metrics = update(state, rollout, None, policy.frozen)
             shown = {name: metrics[name] for name in ("loss", "gradient_norm", "entropy")}
             return state, {**shown, "tokens": batch["mask"].sum()}
@@ -253,17 +252,6 @@ def fine_tune(config: SFTConfig) -> report.Result:
             progress_fields=("loss", "gradient_norm", "tokens/s"),
         )
         return run.finish(before, state, "sft", time.perf_counter() - started)
-
-
-def _demonstrated(batch: dict[str, np.ndarray]) -> pg.Rollout:
-    size = batch["tokens"].shape[0]
-    return pg.Rollout(
-        tokens=jnp.asarray(batch["tokens"]),
-        mask=jnp.asarray(batch["mask"]),
-        behavior_logprobs=jnp.zeros(batch["tokens"].shape, jnp.float32),
-        rewards=jnp.ones(size, jnp.float32),
-        group_ids=jnp.arange(size, dtype=jnp.int32),
-    )
 
 
 @dataclasses.dataclass

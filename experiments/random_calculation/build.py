@@ -174,17 +174,6 @@ def generate(
     )
 
 
-def demonstration_rollout(batch: dict[str, np.ndarray]) -> pg.Rollout:
-    size = batch["tokens"].shape[0]
-    return pg.Rollout(
-        tokens=jnp.asarray(batch["tokens"]),
-        mask=jnp.asarray(batch["mask"]),
-        behavior_logprobs=jnp.zeros(batch["tokens"].shape, jnp.float32),
-        rewards=jnp.ones(size, jnp.float32),
-        group_ids=jnp.arange(size, dtype=jnp.int32),
-    )
-
-
 def evaluation_batches(
     source: task.Source, levels: tuple[int, ...], per_level: int, length: int
 ) -> list[dict[str, np.ndarray]]:

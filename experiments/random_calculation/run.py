@@ -107,7 +107,9 @@ class Run:
         )
 
         def step(state: pg.train.TrainState, batch: Any) -> Any:
-            state, metrics = update(state, self.place(build.demonstration_rollout(batch)))
+            state, metrics = update(
+                state, self.place(pg.train.demonstrations(batch["tokens"], batch["mask"]))
+            )
             shown = {name: metrics[name] for name in ("loss", "gradient_norm", "entropy")}
             return state, {**shown, "tokens": batch["mask"].sum()}
 

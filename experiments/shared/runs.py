@@ -6,8 +6,10 @@ import dataclasses
 import json
 import pathlib
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
+
+import numpy as np
 
 _Config = TypeVar("_Config")
 
@@ -46,6 +48,14 @@ def write_json(path: pathlib.Path, content: Any) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
     partial.replace(path)
+
+
+def curve(
+    records: Sequence[Mapping[str, Any]], phase: str, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a metric in one phase of a run's records, for a plot."""
+    rows = [r for r in records if r["phase"] == phase and name in r]
+    return np.array([r["step"] for r in rows]), np.array([r[name] for r in rows])
 
 
 def load_config(cls: type[_Config], directory: pathlib.Path) -> _Config:

@@ -5,7 +5,7 @@ from pgjax.train.evaluation import accuracy_by_level, evaluate_text
 from pgjax.train.loop import Interrupted, fit
 from pgjax.train.outputs import OutputsFunction, language_model_outputs, record_experts
 from pgjax.train.partial import combine, only, partition, trainable_mask
-from pgjax.train.rollouts import to_rollout
+from pgjax.train.rollouts import demonstrations, to_rollout
 from pgjax.train.state import TrainState, init, shardings
 from pgjax.train.text import host_reward, make_text_step
 from pgjax.train.update import make_update
@@ -17,6 +17,7 @@ __all__ = [
     "accuracy_by_level",
     "checkpoints",
     "combine",
+    "demonstrations",
     "evaluate_text",
     "fit",
     "host_reward",

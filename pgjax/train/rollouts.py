@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from pgjax import _checks, sampling
 from pgjax.types import Rollout
@@ -42,4 +43,28 @@ def to_rollout(
         group_ids=samples.prompt_ids if group_ids is None else group_ids,
         truncated=samples.truncated,
         experts=samples.experts,
+    )
+
+
+def demonstrations(tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Rollout:
+    """Given rows as a rollout for `objectives.supervised`: reward 1, each row its own group.
+
+    Args:
+      tokens: right-padded.
+      mask: true on what is to be learned.
+
+    Raises:
+      ValueError: wrong ranks, dtypes or shapes.
+    """
+    _checks.rank("tokens", tokens, 2)
+    _checks.integer(tokens=tokens)
+    _checks.boolean(mask=mask)
+    _checks.same_shape(tokens=tokens, mask=mask)
+    size = tokens.shape[0]
+    return Rollout(
+        tokens=jnp.asarray(tokens),
+        mask=jnp.asarray(mask),
+        behavior_logprobs=jnp.zeros(tokens.shape, jnp.float32),
+        rewards=jnp.ones(size, jnp.float32),
+        group_ids=jnp.arange(size, dtype=jnp.int32),
     )
