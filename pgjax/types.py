@@ -57,6 +57,12 @@ class Rollout(_Replaceable):
       turn_ids: turn of each token, -1 outside the policy's own turns.
       experts: the experts each layer sent each token to, where they are to be replayed; distinct
         for each token, at padding as well.
+      old: outputs of the policy before the first update on this batch, with the optional fields
+        that `Objective.old_needs` names; filled by the trainer.
+      multipliers: per-token factors of the loss, filled by `Objective.prepare`.
+      extras: further facts about each sequence by name, rows first, that some objectives read
+        (`answer_ids`, `strata`, ...), and what an objective's `prepare` hands to its loss.
+      memory: of an objective that has one, while `prepare` runs; None before and after.
     """
 
     tokens: Int[Array, "B T"]
@@ -74,6 +80,10 @@ class Rollout(_Replaceable):
     trajectory_ids: Int[Array, " B"] | None = None
     turn_ids: Int[Array, "B T"] | None = None
     experts: Int[Array, "B T L k"] | None = None
+    old: PolicyOutputs | None = None
+    multipliers: Float[Array, "B T"] | None = None
+    extras: dict[str, Array] | None = None
+    memory: Any | None = None
 
 
 @pytree_dataclass
@@ -86,6 +96,10 @@ class PolicyOutputs(_Replaceable):
       values: value estimates for the state in which each token is chosen.
       features: last hidden state before the unembedding.
       reference_logprobs: log-probs under the reference, where the rollout does not carry them.
+      square_sum, cube_sum: `Σ_v p(v)²` and `Σ_v p(v)³` of that distribution.
+      feature_square_norm: `‖h‖²` of the hidden state the distribution was computed from.
+      score_features: gradient of the sequence's mean log-prob in those hidden states, see
+        `logprobs.score_features`.
     """
 
     logprobs: Float[Array, "B T"]
@@ -93,6 +107,10 @@ class PolicyOutputs(_Replaceable):
     values: Float[Array, "B T"] | None = None
     features: Float[Array, "B T H"] | None = None
     reference_logprobs: Float[Array, "B T"] | None = None
+    square_sum: Float[Array, "B T"] | None = None
+    cube_sum: Float[Array, "B T"] | None = None
+    feature_square_norm: Float[Array, "B T"] | None = None
+    score_features: Float[Array, "B H"] | None = None
 
 
 @pytree_dataclass

@@ -25,6 +25,8 @@ from pgjax.train import metrics
 def quiet():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        # What an earlier test left to the garbage collector is no fault of these.
+        warnings.simplefilter("ignore", pytest.PytestUnraisableExceptionWarning)
         yield
 
 

@@ -142,7 +142,7 @@ def test_the_update_is_the_gradient_of_the_loss(model):
 
     value, gradient = jax.value_and_grad(loss)(params)
     np.testing.assert_allclose(metrics["loss"], value, atol=1e-6)
-    np.testing.assert_allclose(metrics["gradient_norm"], optax.global_norm(gradient), rtol=1e-4)
+    np.testing.assert_allclose(metrics["gradient_norm"], optax.tree.norm(gradient), rtol=1e-4)
     jax.tree.map(
         lambda new, old, g: np.testing.assert_allclose(new, old - g, atol=2e-6),
         state.params,

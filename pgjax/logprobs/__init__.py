@@ -14,6 +14,7 @@ from pgjax.logprobs.divergences import (
 from pgjax.logprobs.hidden import from_hidden, from_hidden_with_entropy
 from pgjax.logprobs.logits import entropy_from_logits, from_logits
 from pgjax.logprobs.sequences import sequence, sequence_mean, shift_right, where_mask
+from pgjax.logprobs.statistics import power_sum, score_features
 
 __all__ = [
     "entropy_from_logits",
@@ -25,6 +26,8 @@ __all__ = [
     "kl_k2",
     "kl_k3",
     "kl_k3_straight_through",
+    "power_sum",
+    "score_features",
     "sequence",
     "sequence_mean",
     "shift_right",

@@ -18,58 +18,88 @@ from jaxtyping import Array, Float
 
 from pgjax.models import linear
 
-# Leading axes that are contracted, of each matrix that `linear.project` is called on.
-_IN_AXES = {
-    "attention": {"query": 1, "key": 1, "value": 1, "output": 2},
-    "mlp": {"gate": 1, "up": 1, "down": 1},
-    "moe": {"shared_gate_proj": 1, "shared_up": 1, "shared_down": 1},
+# Matrices of each block: those that read the same rows, so that one product does for them, and
+# how many leading axes are contracted.
+_PRODUCTS = {
+    "attention": ((("query", "key", "value"), 1), (("output",), 2)),
+    "mlp": ((("gate", "up"), 1), (("down",), 1)),
+    "moe": ((("shared_gate_proj", "shared_up"), 1), (("shared_down",), 1)),
 }
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Transposed:
-    """A matrix for products with few rows, `[out, in]`, and a low-rank update of it if any.
+    """Matrices for products with few rows, `[out, in]`, one below the other.
 
     Attributes:
-      matrix: all output axes as one, then all input axes as one.
-      a, b: of `linear.LowRank`, as they are there; None: no update.
-      out_shape: the output axes.
-      scaling: of the update.
+      matrix: all output axes of all of them as one, then all input axes as one.
+      updates: (a, b) of `linear.LowRank` for each, as they are there; None: none.
+      out_shapes: the output axes of each.
+      scalings: of the updates.
     """
 
     matrix: Float[Array, "out in"]
-    a: Array | None
-    b: Array | None
-    out_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    scaling: float = dataclasses.field(metadata={"static": True})
+    updates: tuple[tuple[Array, Array] | None, ...]
+    out_shapes: tuple[tuple[int, ...], ...] = dataclasses.field(metadata={"static": True})
+    scalings: tuple[float, ...] = dataclasses.field(metadata={"static": True})
 
 
-def transposed(weight: linear.Weight, *, in_axes: int) -> Transposed:
-    """The same matrix, stored for `project`; a quantised one is dequantised."""
-    base, a, b, scaling = weight, None, None, 0.0
-    if isinstance(weight, linear.LowRank):
-        base, a, b, scaling = weight.base, weight.a, weight.b, weight.scaling
-    matrix = linear.dense(base)
-    out_shape = matrix.shape[in_axes:]
-    flat = matrix.reshape(math.prod(matrix.shape[:in_axes]), math.prod(out_shape))
-    return Transposed(matrix=flat.T, a=a, b=b, out_shape=out_shape, scaling=scaling)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Within:
+    """Stands in the place of a matrix that is part of the `Transposed` of one before it."""
+
+
+def transposed(*weights: linear.Weight, in_axes: int) -> Transposed:
+    """The same matrices, stored for `project`; quantised ones are dequantised.
+
+    Args:
+      weights: with equal input axes.
+      in_axes: how many of the leading ones they are.
+    """
+    matrices, updates, shapes, scalings = [], [], [], []
+    for weight in weights:
+        base, update, scaling = weight, None, 0.0
+        if isinstance(weight, linear.LowRank):
+            base, update, scaling = weight.base, (weight.a, weight.b), weight.scaling
+        matrix = linear.dense(base)
+        ins, out_shape = matrix.shape[:in_axes], matrix.shape[in_axes:]
+        matrices.append(matrix.reshape(math.prod(ins), math.prod(out_shape)).T)
+        updates.append(update)
+        shapes.append(out_shape)
+        scalings.append(scaling)
+    return Transposed(
+        matrix=jnp.concatenate(matrices) if len(matrices) > 1 else matrices[0],
+        updates=tuple(updates),
+        out_shapes=tuple(shapes),
+        scalings=tuple(scalings),
+    )
 
 
 def project(
-    x: Float[Array, "*batch_in"], weight: linear.Weight | Transposed, *, in_axes: int = 1
-) -> Float[Array, "*batch_out"]:
-    """`linear.project`, for weights stored either way."""
-    if not isinstance(weight, Transposed):
-        return linear.project(x, weight, in_axes=in_axes)
+    x: Float[Array, "*batch_in"],
+    *weights: linear.Weight | Transposed | Within,
+    in_axes: int = 1,
+) -> list[Float[Array, "*batch_out"]]:
+    """`linear.project` with each weight, stored either way; in one product where they are one."""
+    first = weights[0]
+    if not isinstance(first, Transposed):
+        return [linear.project(x, weight, in_axes=in_axes) for weight in weights]
+    assert len(weights) == len(first.out_shapes)
     batch = x.shape[: x.ndim - in_axes]
-    out = few_rows(x.reshape(math.prod(batch), -1), weight.matrix)
-    out = out.reshape(*batch, *weight.out_shape).astype(x.dtype)
-    if weight.a is not None and weight.b is not None:
-        narrow = jnp.tensordot(x, weight.a.astype(x.dtype), axes=in_axes)
-        update = jnp.tensordot(narrow, weight.b.astype(x.dtype), axes=1)
-        out += update * jnp.asarray(weight.scaling, x.dtype)
-    return out
+    joint = few_rows(x.reshape(math.prod(batch), -1), first.matrix).astype(x.dtype)
+    results, start = [], 0
+    for shape, update, scaling in zip(first.out_shapes, first.updates, first.scalings, strict=True):
+        end = start + math.prod(shape)
+        out = joint[:, start:end].reshape(*batch, *shape)
+        if update is not None:
+            narrow = jnp.tensordot(x, update[0].astype(x.dtype), axes=in_axes)
+            wide = jnp.tensordot(narrow, update[1].astype(x.dtype), axes=1)
+            out += wide * jnp.asarray(scaling, x.dtype)
+        results.append(out)
+        start = end
+    return results
 
 
 def few_rows(x: Float[Array, "*batch in"], matrix: Float[Array, "out in"]) -> Array:
@@ -97,14 +127,17 @@ def unstacked(params: dict[str, Any], num_layers: int) -> dict[str, Any]:
 
     def layer(index: int) -> dict[str, Any]:
         tree = jax.tree.map(lambda x: x[index], params["layers"])
-        for block, names in _IN_AXES.items():
-            if block in tree:
-                changed = {
-                    name: transposed(tree[block][name], in_axes=axes)
-                    for name, axes in names.items()
-                    if name in tree[block]
-                }
-                tree = {**tree, block: {**tree[block], **changed}}
+        for block, products in _PRODUCTS.items():
+            if block not in tree:
+                continue
+            changed = dict(tree[block])
+            for names, in_axes in products:
+                present = [name for name in names if name in changed]
+                if present:
+                    weights = [changed[name] for name in present]
+                    changed.update({name: Within() for name in present})
+                    changed[present[0]] = transposed(*weights, in_axes=in_axes)
+            tree = {**tree, block: changed}
         return tree
 
     return {**params, "layers": tuple(layer(index) for index in range(num_layers))}

@@ -54,6 +54,16 @@ def _residual_scale(config: DecoderConfig) -> float:
     return (2 * config.num_layers) ** -0.5
 
 
+def _projected(
+    module: nnx.Module, x: Array, names: tuple[str, ...], *, biased: bool
+) -> list[Array]:
+    outs = decoding.project(x, *(value(getattr(module, name)) for name in names))
+    if not biased:
+        return outs
+    biases = [value(getattr(module, f"{name}_bias")) for name in names]
+    return [out + bias.astype(out.dtype) for out, bias in zip(outs, biases, strict=True)]
+
+
 class Attention(nnx.Module):
     """The projections around grouped-query attention; who attends to what is the caller's."""
 
@@ -91,22 +101,17 @@ class Attention(nnx.Module):
             self.sinks = zeros(config, (heads,), ("heads",))
 
     def __call__(self, x: Float[Array, "*batch H"], attend: Attend) -> tuple[Array, Any]:
-        query, key, values = (self._projected(x, name) for name in ("query", "key", "value"))
+        names = ("query", "key", "value")
+        query, key, values = _projected(self, x, names, biased=self.config.qkv_bias)
         if self.config.qk_norm:
             query = self._normed(query, self.query_norm)
             key = self._normed(key, self.key_norm)
         sinks = value(self.sinks) if self.config.attention_sinks else None
         attended, extra = attend(query, key, values, sinks)
-        out = decoding.project(attended, value(self.output), in_axes=2)
+        (out,) = decoding.project(attended, value(self.output), in_axes=2)
         if self.config.output_bias:
             out += value(self.output_bias).astype(out.dtype)
         return out, extra
-
-    def _projected(self, x: Array, name: str) -> Array:
-        out = decoding.project(x, value(getattr(self, name)))
-        if self.config.qkv_bias:
-            out += value(getattr(self, f"{name}_bias")).astype(out.dtype)
-        return out
 
     def _normed(self, x: Array, scale: nnx.Param) -> Array:
         shape = x.shape
@@ -143,19 +148,16 @@ class MLP(nnx.Module):
             self.down_bias = zeros(config, (hidden,), ("embed",))
 
     def __call__(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch H"]:
-        name = self.config.activation
-        inner = self._projected(x, "up")
+        activation = self.config.activation
         if self.config.gated:
-            inner = functional.gated(name, self._projected(x, "gate"), inner)
+            gate, up = self._projected(x, "gate", "up")
+            inner = functional.gated(activation, gate, up)
         else:
-            inner = functional.activated(name, inner)
-        return self._projected(inner, "down")
+            inner = functional.activated(activation, *self._projected(x, "up"))
+        return self._projected(inner, "down")[0]
 
-    def _projected(self, x: Array, name: str) -> Array:
-        out = decoding.project(x, value(getattr(self, name)))
-        if self.config.mlp_bias:
-            out += value(getattr(self, f"{name}_bias")).astype(out.dtype)
-        return out
+    def _projected(self, x: Array, *names: str) -> list[Array]:
+        return _projected(self, x, names, biased=self.config.mlp_bias)
 
 
 class MoE(nnx.Module):
@@ -221,10 +223,10 @@ class MoE(nnx.Module):
         return out.reshape(x.shape), routing
 
     def _shared(self, rows: Array) -> Array:
-        gate = decoding.project(rows, value(self.shared_gate_proj))
-        up = decoding.project(rows, value(self.shared_up))
+        weights = value(self.shared_gate_proj), value(self.shared_up)
+        gate, up = decoding.project(rows, *weights)
         inner = functional.gated(self.config.activation, gate, up)
-        out = decoding.project(inner, value(self.shared_down))
+        (out,) = decoding.project(inner, value(self.shared_down))
         if self.sizes.shared_gate:
             out *= jax.nn.sigmoid(rows @ value(self.shared_router).astype(rows.dtype))[:, None]
         return out

@@ -1,12 +1,13 @@
 """What a trainer minimises, and the published recipes, each a few lines over the parts."""
 
 from pgjax.objectives.group_relative import cispo, dapo, dr_grpo, grpo, gspo, lite_ppo
-from pgjax.objectives.objective import Objective, Regularizer
+from pgjax.objectives.objective import Memory, Objective, Regularizer
 from pgjax.objectives.policy_gradient import ppo, reinforce, reinforce_pp, rloo, supervised
 from pgjax.objectives.regularizers import entropy_bonus, kl_to_reference, value_loss
 from pgjax.objectives.transforms import with_mismatch_weights
 
 __all__ = [
+    "Memory",
     "Objective",
     "Regularizer",
     "cispo",

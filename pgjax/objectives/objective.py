@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,28 @@ Diagnostics = dict[str, Float[Array, ""]]
 ROLLOUT_NEEDS = ("reference_logprobs", "proximal_logprobs", "values")
 OUTPUT_NEEDS = ("entropy", "values", "features")
 NEEDS = frozenset(ROLLOUT_NEEDS + OUTPUT_NEEDS)
+OLD_NEEDS = frozenset(
+    {"entropy", "square_sum", "cube_sum", "feature_square_norm", "score_features"}
+)
 
 
-def _check_needs(needs: frozenset[str]) -> None:
-    unknown = needs - NEEDS
+def _check_needs(needs: frozenset[str], known: frozenset[str] = NEEDS) -> None:
+    unknown = needs - known
     if unknown:
-        raise ValueError(f"needs: expected names among {sorted(NEEDS)}, got {sorted(unknown)}")
+        raise ValueError(f"needs: expected names among {sorted(known)}, got {sorted(unknown)}")
+
+
+class Memory(NamedTuple):
+    """What an objective keeps from batch to batch: a pytree of arrays, saved with the run.
+
+    Attributes:
+      init: `() -> memory`.
+      update: `(memory, rollout) -> memory`, from a batch that `prepare` has filled; the parts of
+        the objective see the memory before it as `rollout.memory`.
+    """
+
+    init: Callable[[], Any]
+    update: Callable[[Any, Rollout], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +72,9 @@ class Objective:
 
     Swap one part with `dataclasses.replace(objective, advantage=...)`.
 
+    The parts are called in the order rewards, advantage, extras, mask, multiplier, targets; each
+    sees what those before it made.
+
     Attributes:
       advantage: `rollout -> f32[B]` or `f32[B, T]`, from the whole batch.
       surrogate: `(outputs, rollout) -> f32[B, T]`, per-token loss; reads `rollout.advantages`.
@@ -65,8 +84,17 @@ class Objective:
       rewards: `rollout -> f32[B]`, reshaped rewards (penalties) that `advantage` and `mask` then
         see; None leaves them.
       targets: `rollout -> f32[B, T]`, value targets; None where no values are learnt.
+      multiplier: `rollout -> f32[B]` or `f32[B, T]`, non-negative factors of the surrogate's
+        loss, from the whole batch; None: 1.
+      extras: `rollout -> {name: [B] or [B, T]}`, further numbers for the surrogate, which finds
+        them in `rollout.extras`.
+      memory: of an objective that looks back at earlier batches; None: none.
       regularizers: terms added to the surrogate.
       own_needs: optional fields that the parts above read, see `needs`.
+      old_needs: optional fields of `rollout.old`, the policy's outputs before the first update,
+        that the parts before the surrogate read.
+      whole_groups: the surrogate compares samples of a group, so none may be split over
+        minibatches.
     """
 
     advantage: Callable[[Rollout], Array]
@@ -75,11 +103,17 @@ class Objective:
     mask: Callable[[Rollout], Array] | None = None
     rewards: Callable[[Rollout], Float[Array, " B"]] | None = None
     targets: Callable[[Rollout], Float[Array, "B T"]] | None = None
+    multiplier: Callable[[Rollout], Array] | None = None
+    extras: Callable[[Rollout], dict[str, Array]] | None = None
+    memory: Memory | None = None
     regularizers: tuple[Regularizer, ...] = ()
     own_needs: frozenset[str] = frozenset()
+    old_needs: frozenset[str] = frozenset()
+    whole_groups: bool = False
 
     def __post_init__(self) -> None:
         _check_needs(self.own_needs)
+        _check_needs(self.old_needs, OLD_NEEDS)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -106,22 +140,43 @@ class Objective:
         Raises:
           ValueError: inconsistent shapes or dtypes, a needed field that is None, a batch of size 0.
         """
+        return _without_old(self._prepared(rollout))
+
+    def prepare_and_remember(self, rollout: Rollout) -> tuple[Rollout, Any]:
+        """`prepare`, and the memory for the next batch: `rollout.memory`, brought up to date."""
+        full = self._prepared(rollout)
+        memory = None if self.memory is None else self.memory.update(full.memory, full)
+        return _without_old(full), jax.lax.stop_gradient(memory)
+
+    def _prepared(self, rollout: Rollout) -> Rollout:
         _check_rollout(rollout)
         self._check_present("rollout", rollout, ROLLOUT_NEEDS)
+        for name in sorted(self.old_needs):
+            if rollout.old is None or getattr(rollout.old, name) is None:
+                raise ValueError(f"rollout.old.{name}: this objective needs it, got None")
         rollout = jax.lax.stop_gradient(rollout)
         rollout = rollout.replace(group_ids=segments.dense_ids(rollout.group_ids))
+        if self.memory is not None and rollout.memory is None:
+            rollout = rollout.replace(memory=self.memory.init())
         # Rewards the user gave stay visible in the result; penalties only reach the statistics.
-        given = rollout.rewards
+        given, mask = rollout.rewards, rollout.mask & masks.finite_rewards(rollout.rewards)[:, None]
         if self.rewards is not None:
             rollout = rollout.replace(rewards=self.rewards(rollout))
-        mask = rollout.mask & masks.finite_rewards(rollout.rewards)[:, None]
+            mask = mask & masks.finite_rewards(rollout.rewards)[:, None]
+        rollout = rollout.replace(advantages=self.advantage(rollout))
+        if self.extras is not None:
+            rollout = rollout.replace(extras={**(rollout.extras or {}), **self.extras(rollout)})
         if self.mask is not None:
             keep = self.mask(rollout)
             mask = mask & (keep[:, None] if keep.ndim == 1 else keep)
-        changes: dict[str, Any] = {"advantages": self.advantage(rollout), "rewards": given}
+        if self.multiplier is not None:
+            factors = self.multiplier(rollout)
+            factors = factors[:, None] if factors.ndim == 1 else factors
+            factors = jnp.broadcast_to(factors, mask.shape)
+            rollout = rollout.replace(multipliers=factors)
         if self.targets is not None:
-            changes["returns"] = self.targets(rollout)
-        return jax.lax.stop_gradient(rollout.replace(mask=mask, **changes))
+            rollout = rollout.replace(returns=self.targets(rollout))
+        return jax.lax.stop_gradient(rollout.replace(mask=mask, rewards=given))
 
     def per_token(self, outputs: PolicyOutputs, rollout: Rollout) -> Float[Array, "B T"]:
         """Surrogate plus weighted regularizers, `f32[B, T]`, not yet aggregated."""
@@ -131,6 +186,8 @@ class Objective:
         self._check_present("outputs", outputs, OUTPUT_NEEDS)
         self._check_present("rollout", rollout, ROLLOUT_NEEDS)
         loss = self.surrogate(outputs, rollout)
+        if rollout.multipliers is not None:
+            loss = loss * rollout.multipliers
         for regularizer in self.regularizers:
             loss = loss + regularizer.coefficient * regularizer.term(outputs, rollout)
         return loss
@@ -242,6 +299,11 @@ def groups_without_signal(rollout: Rollout) -> Float[Array, ""]:
     return jnp.sum(present & (strongest == 0)) / jnp.sum(present)
 
 
+def _without_old(rollout: Rollout) -> Rollout:
+    """What minibatches need: neither the memory nor the old policy's outputs."""
+    return rollout.replace(old=None, memory=None)
+
+
 def _check_rollout(rollout: Rollout) -> None:
     _checks.rank("tokens", rollout.tokens, 2)
     _checks.integer(tokens=rollout.tokens, group_ids=rollout.group_ids)
@@ -264,3 +326,9 @@ def _check_rollout(rollout: Rollout) -> None:
         array = getattr(rollout, name)
         if array is not None and array.shape[0] != batch:
             raise ValueError(f"{name}: expected {batch} rows like tokens, got {array.shape[0]}")
+    for name, array in (rollout.extras or {}).items():
+        if array.shape not in ((batch,), rollout.tokens.shape):
+            raise ValueError(
+                f"extras[{name!r}]: expected shape {(batch,)} or {rollout.tokens.shape}, "
+                f"got {array.shape}"
+            )

@@ -50,8 +50,8 @@ def language_model_outputs(
             raise ValueError(f"packed_shares: expected numbers in (0, 1), got {share}")
 
     def of_tokens(
-        params: Any, tokens: Array, needs: frozenset[str], **options: Any
-    ) -> dict[str, Float[Array, "B T *rest"]]:
+        params: Any, tokens: Array, mask: Array, needs: frozenset[str], **options: Any
+    ) -> dict[str, Float[Array, "B ..."]]:
         hidden = decoder.apply(params["decoder"], tokens, **options)
         settings: dict[str, Any] = {
             "temperature": temperature,
@@ -75,6 +75,18 @@ def language_model_outputs(
                 )
             values = models.value_head_apply(params["value_head"], hidden)
             result["values"] = logprobs.shift_right(values)
+        for name, power in (("square_sum", 2), ("cube_sum", 3)):
+            if name in needs:
+                result[name] = logprobs.power_sum(
+                    hidden, unembedding, tokens, power=power, **settings
+                )
+        if "feature_square_norm" in needs:
+            norms = jnp.sum(jnp.square(hidden.astype(jnp.float32)), axis=-1)
+            result["feature_square_norm"] = logprobs.shift_right(norms)
+        if "score_features" in needs:
+            result["score_features"] = logprobs.score_features(
+                hidden, unembedding, tokens, mask, **settings
+            )
         if "features" in needs:
             result["features"] = hidden
         return result
@@ -92,6 +104,7 @@ def language_model_outputs(
             found = of_tokens(
                 params,
                 rows.tokens,
+                rows.segment_ids > 0,
                 needs,
                 positions=rows.positions,
                 segment_ids=rows.segment_ids,
@@ -104,14 +117,15 @@ def language_model_outputs(
         return jax.lax.switch(rung, [functools.partial(at, n) for n in ladder], params)
 
     def outputs(params: Any, rollout: Rollout, needs: frozenset[str]) -> PolicyOutputs:
-        if packed_shares:
+        # Sums over a sequence are not taken apart again once it is packed.
+        if packed_shares and "score_features" not in needs:
             found = packed(params, rollout, needs)
         else:
             experts = None if rollout.experts is None else _by_layer(rollout.experts)
-            found = of_tokens(params, rollout.tokens, needs, experts=experts)
-        features = found.pop("features", None)
+            found = of_tokens(params, rollout.tokens, rollout.mask, needs, experts=experts)
+        whole = {name: found.pop(name, None) for name in ("features", "score_features")}
         masked = {name: logprobs.where_mask(x, rollout.mask) for name, x in found.items()}
-        return PolicyOutputs(**masked, features=features)
+        return PolicyOutputs(**masked, **whole)
 
     return outputs
 

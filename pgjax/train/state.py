@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from pgjax import parallel
+from pgjax.objectives import Objective
 from pgjax.types import _Replaceable, pytree_dataclass
 
 
@@ -23,28 +24,42 @@ class TrainState(_Replaceable):
       step: int32 scalar, updates (rollout batches) so far.
       key: the run's key; every step derives its own by `fold_in(key, step)`, so the key itself
         never changes and a resumed run draws what the uninterrupted one would have.
+      memory: of the objective, where it has one.
     """
 
     params: Any
     opt_state: optax.OptState
     step: Int[Array, ""]
     key: PRNGKeyArray
+    memory: Any | None = None
 
 
-def init(params: Any, optimizer: optax.GradientTransformation, key: PRNGKeyArray) -> TrainState:
+def init(
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    key: PRNGKeyArray,
+    *,
+    objective: Objective | None = None,
+) -> TrainState:
     """A fresh state at step 0, every array placed as the parameters are.
 
     Args:
       params: pytree of arrays, used as given, not copied (an update donates them).
       optimizer: any Optax transformation.
       key: from `jax.random.key`.
+      objective: what is to be minimised, where it has a memory.
 
     Returns:
       the state; optimizer state that mirrors a parameter has its sharding, all else is replicated
       over the parameters' mesh.
     """
+    remembers = None if objective is None else objective.memory
     state = TrainState(
-        params=params, opt_state=jax.jit(optimizer.init)(params), step=jnp.int32(0), key=key
+        params=params,
+        opt_state=jax.jit(optimizer.init)(params),
+        step=jnp.int32(0),
+        key=key,
+        memory=None if remembers is None else remembers.init(),
     )
     return parallel.shard_like(state, params)
 

@@ -29,22 +29,34 @@ Update = Callable[..., tuple[TrainState, Metrics]]
 _LOGPROBS_ONLY: frozenset[str] = frozenset()
 
 
-def _split(tree: Any, parts: int) -> Any:
-    """Every array `[B, ...]` as `[parts, B // parts, ...]`, row i going to part i mod parts.
+def _split(tree: Any, parts: int, unit: int = 1) -> Any:
+    """Every array `[B, ...]` as `[parts, B // parts, ...]`; unit i of rows in part i mod parts.
 
-    Taking every `parts`-th row, not consecutive ones, keeps each part spread over the devices of a
+    Taking every `parts`-th unit, not consecutive ones, keeps each part spread over the devices of a
     batch that is sharded along its rows.
     """
-    return jax.tree.map(
-        lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), tree
-    )
+
+    def split(x: Array) -> Array:
+        units = x.reshape(x.shape[0] // (parts * unit), parts, unit, *x.shape[1:])
+        return units.swapaxes(0, 1).reshape(parts, x.shape[0] // parts, *x.shape[1:])
+
+    return jax.tree.map(split, tree)
 
 
-def _join(tree: Any) -> Any:
+def _join(tree: Any, unit: int = 1) -> Any:
     """The inverse of `_split`."""
-    return jax.tree.map(
-        lambda x: x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree
-    )
+
+    def join(x: Array) -> Array:
+        parts, rows = x.shape[:2]
+        units = x.reshape(parts, rows // unit, unit, *x.shape[2:])
+        return units.swapaxes(0, 1).reshape(parts * rows, *x.shape[2:])
+
+    return jax.tree.map(join, tree)
+
+
+def _rows_of(units: Array, unit: int) -> Array:
+    """The rows of units of consecutive rows, in order."""
+    return (units[:, None] * unit + jnp.arange(unit)).reshape(-1)
 
 
 def _trimmed(tree: Any, length: int, width: int) -> Any:
@@ -72,6 +84,7 @@ def make_update(
     num_minibatches: int = 1,
     num_microbatches: int = 1,
     widths: Sequence[int] = (),
+    group_size: int | None = None,
     state_shardings: TrainState | None = None,
 ) -> Update:
     """A jitted `update(state, rollout, reference_params=None, frozen=None) -> (state, metrics)`.
@@ -82,9 +95,10 @@ def make_update(
     checkpoint; it may serve as `reference_params` too where adapters are all that is trained.
 
     Per call: rollout fields that the objective needs and the rollout lacks
-    (`reference_logprobs`, `proximal_logprobs`, old `values`) are computed; `objective.prepare`;
-    then `num_epochs` passes over `num_minibatches` shuffled minibatches, one optimizer step each,
-    whose gradient is accumulated over `num_microbatches`.
+    (`reference_logprobs`, `proximal_logprobs`, old `values`, `old`) are computed;
+    `objective.prepare`, which brings the state's `memory` up to date for the next call; then
+    `num_epochs` passes over `num_minibatches` shuffled minibatches, one optimizer step each, whose
+    gradient is accumulated over `num_microbatches`.
 
     Args:
       outputs: `(params, rollout, needs) -> PolicyOutputs`, of whole parameters.
@@ -97,6 +111,8 @@ def make_update(
         are then sorted by length before they are cut into microbatches, and each microbatch runs
         at the smallest width that holds its longest row, without compiling again: padding costs
         less. The result is the same.
+      group_size: rows of a group, all of which lie next to each other; groups then stay whole
+        when the batch is shuffled and cut. None: rows are on their own.
       state_shardings: where the new state is to lie, from `train.shardings(state)`; None leaves it
         to the compiler, which may choose another layout than the old state's and so compile again
         at the second call.
@@ -107,8 +123,10 @@ def make_update(
       `update_norm`, and of the batch `reward`, `reward_std`, `completion_length`, `truncated`.
 
     Raises:
-      ValueError: counts below 1 here; at trace time, a batch size that the counts do not divide, or
-        a needed reference policy that was not given.
+      ValueError: counts below 1, or an objective that compares samples of a group in a batch that
+        is cut without `group_size`, here; at trace time, a batch size that the counts do not
+        divide, a needed reference policy that was not given, a state without the memory that the
+        objective needs.
     """
     for name, value in {
         "num_epochs": num_epochs,
@@ -119,6 +137,14 @@ def make_update(
             raise ValueError(f"{name}: expected at least 1, got {value}")
     if any(w < 1 for w in widths):
         raise ValueError(f"widths: expected numbers of at least 1, got {tuple(widths)}")
+    if group_size is not None and group_size < 1:
+        raise ValueError(f"group_size: expected at least 1, got {group_size}")
+    if objective.whole_groups and group_size is None and num_minibatches * num_microbatches > 1:
+        raise ValueError(
+            "group_size: this objective compares samples of a group, so a batch that is cut into "
+            f"{num_minibatches} minibatches of {num_microbatches} parts needs it, got None"
+        )
+    unit = group_size or 1
     needs = objective.needs
 
     def fill(
@@ -144,6 +170,10 @@ def make_update(
             extra = frozenset({"values"}) if "values" in wanted else _LOGPROBS_ONLY
             old = _in_parts(lambda r: policy(params, r, extra), rollout, parts)
             changes |= {name: getattr(old, field) for name, field in wanted.items()}
+        if objective.old_needs and rollout.old is None:
+            changes["old"] = _in_parts(
+                lambda r: policy(params, r, objective.old_needs), rollout, parts
+            )
         return rollout.replace(**jax.lax.stop_gradient(changes))
 
     def gradient(
@@ -185,11 +215,11 @@ def make_update(
 
         zero = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
         if not ladder:
-            parts = _split(minibatch, num_microbatches)
+            parts = _split(minibatch, num_microbatches, unit)
             (grads, value), out = jax.lax.scan(accumulate, zero, parts)
-            return grads, value, _join(out)
+            return grads, value, _join(out, unit)
         ends = jnp.max(jnp.where(minibatch.mask, jnp.arange(1, length + 1), 0), axis=1)
-        order = jnp.argsort(ends)
+        order = _rows_of(jnp.argsort(ends.reshape(-1, unit).max(1)), unit)
         parts = jax.tree.map(
             lambda x: x[order].reshape(num_microbatches, -1, *x.shape[1:]), minibatch
         )
@@ -207,8 +237,8 @@ def make_update(
         metrics = _diagnostics(objective, out, minibatch)
         metrics |= {
             "loss": value,
-            "gradient_norm": optax.global_norm(grads),
-            "update_norm": optax.global_norm(updates),
+            "gradient_norm": optax.tree.norm(grads),
+            "update_norm": optax.tree.norm(updates),
         }
         return (optax.apply_updates(params, updates), opt_state), metrics
 
@@ -223,14 +253,20 @@ def make_update(
 
         step = functools.partial(optimizer_step, policy)
         batch = rollout.tokens.shape[0]
-        if batch % (num_minibatches * num_microbatches):
+        if batch % (num_minibatches * num_microbatches * unit):
             raise ValueError(
                 f"rollout: {batch} sequences cannot be cut into num_minibatches={num_minibatches} "
                 f"times num_microbatches={num_microbatches} equal parts"
+                + (f" of whole groups of {unit}" if unit > 1 else "")
+            )
+        if objective.memory is not None and state.memory is None:
+            raise ValueError(
+                "state.memory: this objective has a memory, got None; make the state with "
+                "train.init(..., objective=objective)"
             )
         rollout = fill(policy, state.params, rollout, reference_params)
         batch_metrics = _batch_metrics(rollout)
-        prepared = objective.prepare(rollout)
+        prepared, memory = objective.prepare_and_remember(rollout.replace(memory=state.memory))
         carry = (state.params, state.opt_state)
         if num_epochs == num_minibatches == 1:
             carry, metrics = step(carry, prepared)
@@ -238,14 +274,16 @@ def make_update(
             key = jax.random.fold_in(state.key, state.step)
 
             def epoch(carry: Any, key: Array) -> tuple[Any, Metrics]:
-                order = jax.random.permutation(key, batch)
+                order = _rows_of(jax.random.permutation(key, batch // unit), unit)
                 shuffled = jax.tree.map(lambda x: x[order], prepared)
-                return jax.lax.scan(step, carry, _split(shuffled, num_minibatches))
+                return jax.lax.scan(step, carry, _split(shuffled, num_minibatches, unit))
 
             carry, stacked = jax.lax.scan(epoch, carry, jax.random.split(key, num_epochs))
             metrics = {name: _REDUCE.get(name, jnp.mean)(x) for name, x in stacked.items()}
         params, opt_state = carry
-        state = state.replace(params=params, opt_state=opt_state, step=state.step + 1)
+        state = state.replace(
+            params=params, opt_state=opt_state, step=state.step + 1, memory=memory
+        )
         # A group may be spread over minibatches: its signal is a fact of the whole batch.
         whole = {"groups_without_signal": groups_without_signal(prepared)}
         return state, batch_metrics | metrics | whole

@@ -49,8 +49,9 @@ class _Worker:
 
     def _listen(self, events: queue.SimpleQueue[Any]) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            events.put((self, line))
+        with self.process.stdout as lines:
+            for line in lines:
+                events.put((self, line))
         events.put((self, None))
 
     def ask(self, job: int, pair: tuple[str, str], seconds: float) -> None:

@@ -1,0 +1,135 @@
+"""What every small-scale reproduction ends with: a table over seeds, verdicts, a plot, files."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from jaxtyping import Float
+
+import pgjax as pg
+from experiments.shared import runs
+
+_Config = TypeVar("_Config")
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """One part of what is to be shown, and what was seen."""
+
+    text: str
+    holds: bool
+    seen: str
+
+
+@dataclasses.dataclass
+class Findings:
+    """What an experiment returns.
+
+    Attributes:
+      title: of table and plot.
+      table: method -> {column: one number per seed}.
+      claims: judged on that table.
+      panels: plot title -> {curve: (x, mean, low, high) or (x, y)}.
+      x_label: of the plots.
+    """
+
+    title: str
+    table: Mapping[str, Mapping[str, Float[np.ndarray, " S"]]]
+    claims: Sequence[Claim]
+    panels: Mapping[str, Mapping[str, tuple[Any, ...]]] = dataclasses.field(default_factory=dict)
+    x_label: str = "step"
+
+
+def band(steps: Any, curves: Float[np.ndarray, "S K"]) -> tuple[Any, Any, Any, Any]:
+    """A curve for `Findings.panels`: mean over seeds, and one standard error to either side."""
+    mean = curves.mean(0)
+    error = curves.std(0, ddof=1) / len(curves) ** 0.5 if len(curves) > 1 else np.zeros_like(mean)
+    return np.asarray(steps), mean, mean - error, mean + error
+
+
+def above(
+    text: str, values: Float[np.ndarray, " S"], threshold: float, *, format: str = ".3f"
+) -> Claim:
+    """The mean over seeds is at least a threshold."""
+    mean = float(np.mean(values))
+    return Claim(text, mean >= threshold, f"{mean:{format}} (at least {threshold:{format}})")
+
+
+def main(
+    name: str,
+    config_class: type[_Config],
+    run: Callable[[_Config], Findings],
+    *,
+    description: str | None,
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Parses a config with `out`, runs, prints and saves; 0 if every claim holds, else 1.
+
+    Args:
+      name: of the module under `experiments`.
+      config_class: a frozen dataclass; its `out` is the directory for results.
+      run: the experiment.
+      description: for `--help`.
+      arguments: default: the command line's.
+    """
+    import rich
+    import tyro
+
+    config: Any = tyro.cli(
+        config_class,
+        args=arguments,
+        prog=f"python -m experiments.{name}",
+        description=description,
+    )
+    try:
+        found = run(config)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was written. The same command starts again.", file=sys.stderr)
+        return 130
+    rows = []
+    for method, columns in found.table.items():
+        row: dict[str, Any] = {"method": method}
+        for column, values in columns.items():
+            row[column] = _with_error(np.asarray(values, float))
+        rows.append(row)
+    rich.print(pg.train.metrics.summary_table(rows, title=found.title))
+    for claim in found.claims:
+        mark = "[green]yes[/]" if claim.holds else "[red]no [/]"
+        rich.print(f"{mark} {claim.text}: {claim.seen}")
+    out = pathlib.Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    runs.write_json(
+        out / "results.json",
+        {
+            "config": dataclasses.asdict(config),
+            "table": {
+                method: {column: np.asarray(x).tolist() for column, x in columns.items()}
+                for method, columns in found.table.items()
+            },
+            "claims": [dataclasses.asdict(claim) for claim in found.claims],
+        },
+    )
+    files = [out / "results.json"]
+    if found.panels:
+        pg.train.metrics.plot_curves(
+            found.panels, out / "curves.png", x_label=found.x_label, title=found.title, columns=2
+        )
+        files.append(out / "curves.png")
+    for path in files:
+        rich.print(f"  {path}")
+    return 0 if all(claim.holds for claim in found.claims) else 1
+
+
+def _with_error(values: Float[np.ndarray, " S"]) -> str:
+    mean = np.mean(values)
+    if values.size < 2:
+        return f"{mean:.3f}"
+    return f"{mean:.3f} ± {values.std(ddof=1) / values.size**0.5:.3f}"

@@ -1,0 +1,91 @@
+"""Training on problems that can be enumerated, all seeds and steps in one compiled program."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+import pgjax as pg
+from pgjax.diagnostics import problems
+
+
+def learn(
+    problem: problems.TokenProblem,
+    objective: pg.Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    init: Callable[[PRNGKeyArray], Any],
+    measure: Callable[[Any], dict[str, Array]],
+    group_size: int,
+    steps: int,
+    seeds: int,
+    every: int = 1,
+    fixed_reference: bool = False,
+    first_seed: int = 0,
+    **update_options: Any,
+) -> dict[str, Float[np.ndarray, "S K"]]:
+    """Curves of each measured number over training, one row a seed.
+
+    Args:
+      problem: what is learnt.
+      objective: with which loss.
+      optimizer: with which steps.
+      init: parameters of a seed.
+      measure: numbers of a policy, exact where that is possible.
+      group_size: samples per prompt and step.
+      steps: batches; a multiple of `every`.
+      seeds: S independent runs, seeds `first_seed`, `first_seed + 1`, ...
+      every: steps between measurements.
+      fixed_reference: the reference policy is the initial one; otherwise the current one.
+      first_seed: of the runs.
+      **update_options: of `train.make_update`.
+
+    Returns:
+      for each name that `measure` gives, and for each metric of the update, `[S, K]` with
+      K = steps / every; measured before the first and metrics of the last step of every interval.
+      `"final/..."` `[S]` are measured after the last step.
+    """
+    if steps % every:
+        raise ValueError(f"steps: expected a multiple of every={every}, got {steps}")
+    update = pg.train.make_update(
+        functools.partial(problems.outputs, problem), objective, optimizer, **update_options
+    )
+
+    @jax.jit
+    @jax.vmap
+    def run(key: PRNGKeyArray) -> dict[str, Array]:
+        init_key, key = jax.random.split(key)
+        start = init(init_key)
+        memory = None if objective.memory is None else objective.memory.init()
+        state = pg.train.TrainState(
+            params=start, opt_state=optimizer.init(start), step=0, key=key, memory=memory
+        )
+        state = jax.tree.map(jax.numpy.asarray, state)
+
+        def step(state: Any, _: None) -> tuple[Any, Any]:
+            rollout = problems.sample(
+                problem,
+                state.params,
+                jax.random.fold_in(key, state.step),
+                group_size=group_size,
+                reference_params=start if fixed_reference else None,
+            )
+            return update(state, rollout)
+
+        def interval(state: Any, _: None) -> tuple[Any, Any]:
+            before = measure(state.params)
+            state, metrics = jax.lax.scan(step, state, None, length=every)
+            return state, {**jax.tree.map(lambda x: x[-1], metrics), **before}
+
+        state, curves = jax.lax.scan(interval, state, None, length=steps // every)
+        final = {f"final/{name}": x for name, x in measure(state.params).items()}
+        return {**curves, **final}
+
+    keys = jax.vmap(jax.random.key)(np.arange(first_seed, first_seed + seeds))
+    return {name: np.asarray(x) for name, x in run(keys).items()}
