@@ -7,6 +7,9 @@ long the row becomes.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import TypeVar
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -59,9 +62,30 @@ class SlotCache:
     values: tuple[Float[Array, "L S kv_heads C D"], ...]
 
 
+AnyCache = TypeVar("AnyCache", PrefixCache, CompletionCache, SlotCache)
+
+
 def layers_of_kind(config: DecoderConfig, kind: int) -> list[int]:
     """The layers whose keys and values lie in a cache's array number `kind`."""
     return [layer for layer, k in enumerate(config.kind_indices) if k == kind]
+
+
+def by_layer(cache: AnyCache, config: DecoderConfig) -> AnyCache:
+    """The same cache with an array for each layer, without the layers' axis, not one for each kind.
+
+    A program that names its layers one by one then reads and writes each layer's array as it lies,
+    where it would copy a slice out of the kind's. The samples' axis of a completion cache is left
+    out where there is one sample a prompt: products over an axis of size 1 would copy as well.
+    """
+    places: list[tuple[int, int]] = []
+    for kind in config.kind_indices:
+        places.append((kind, sum(k == kind for k, _ in places)))
+
+    def split(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+        layers = [arrays[kind][index] for kind, index in places]
+        return tuple(x[:, :, 0] if x.ndim == 5 and x.shape[2] == 1 else x for x in layers)
+
+    return dataclasses.replace(cache, keys=split(cache.keys), values=split(cache.values))
 
 
 def empty_completion_cache(

@@ -27,9 +27,10 @@ from pgjax.models.moe import Routing
 from pgjax.models.rotary import rotary_tables, rotate
 
 Tables = tuple[Array, Array] | None
-# (kind, index within the kind's cache arrays, query, key, value, sinks, cached keys, cached values)
-# -> (attended, new cached keys, new cached values)
+# (kind, number of its cache array and index in it, query, key, value, sinks, cached keys, cached
+# values) -> (attended, new cached keys, new cached values)
 CachedAttend = Callable[..., tuple[Array, Array, Array]]
+_Place = tuple[int, Any]  # index None: the array is one layer's
 
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -106,23 +107,34 @@ class Decoder(nnx.Module):
         tables = self._tables(positions)
 
         def attend(
-            kind: int, index: Any, query: Array, key: Array, new: Array, sinks: Any, *cache: Array
+            kind: int,
+            place: _Place,
+            query: Array,
+            key: Array,
+            new: Array,
+            sinks: Any,
+            *cache: Array,
         ) -> tuple[Array, Array, Array]:
             settings = self._settings(kind)
+            array, index = place
             query, key = _rotated(query, key, tables[kind])
 
             def write(cached: Array, rows: Array) -> Array:
-                rows = rows.swapaxes(1, 2)[None, :, :, :, None]  # [1, P, kv_heads, G, 1, D]
-                start = (index, 0, 0, 0, step % cached.shape[4], 0)
-                return jax.lax.dynamic_update_slice(cached, rows, start)
+                rows = rows.swapaxes(1, 2)[:, :, :, None]  # [P, kv_heads, G, 1, D]
+                start: list[Any] = [0, 0, 0, step % cached.shape[-2], 0]
+                if index is None:
+                    return jax.lax.dynamic_update_slice(
+                        cached, rows.reshape(*cached.shape[:-2], 1, -1), start[5 - cached.ndim :]
+                    )
+                return jax.lax.dynamic_update_slice(cached, rows[None], [index, *start])
 
             keys, values = write(cache[0], key), write(cache[1], new)
-            prompt_keys = _at(prefix.keys[kind], index)
-            prompt_values = _at(prefix.values[kind], index)
-            held, real = ring_positions(prefix.lengths - 1, prefix.keys[kind].shape[3])
+            prompt_keys = _at(prefix.keys[array], index)
+            prompt_values = _at(prefix.values[array], index)
+            held, real = ring_positions(prefix.lengths - 1, prompt_keys.shape[2])
             # Slots of a prompt's padding hold nothing, whatever position they stand for.
             seen = real & attention.attendable(positions, held, window=settings.window)
-            steps, taken = ring_positions(step, keys.shape[4])
+            steps, taken = ring_positions(step, keys.shape[-2])
             own = taken & attention.attendable(
                 positions, prefix.lengths[:, None] + steps, window=settings.window
             )
@@ -138,7 +150,11 @@ class Decoder(nnx.Module):
             return attended, keys, values
 
         x, cache, experts = self._cached(
-            self._embed(tokens, positions), completion.keys, completion.values, attend
+            self._embed(tokens, positions),
+            completion.keys,
+            completion.values,
+            attend,
+            each=completion.keys[0].ndim < 6,
         )
         return self._final_norm(x), CompletionCache(keys=cache[0], values=cache[1]), experts
 
@@ -152,16 +168,24 @@ class Decoder(nnx.Module):
         slots = jnp.arange(tokens.shape[0])[:, None]
 
         def attend(
-            kind: int, index: Any, query: Array, key: Array, new: Array, sinks: Any, *cache: Array
+            kind: int,
+            place: _Place,
+            query: Array,
+            key: Array,
+            new: Array,
+            sinks: Any,
+            *cache: Array,
         ) -> tuple[Array, Array, Array]:
             settings = self._settings(kind)
             query, key = _rotated(query, key, tables[kind])
-            capacity = cache[0].shape[3]
+            index = place[1]
+            capacity = cache[0].shape[-2]
             # A ring wraps around; a cache of whole rows does not, and drops what is beyond it.
-            place = positions if settings.window is None else positions % capacity
+            column = positions if settings.window is None else positions % capacity
 
             def write(cached: Array, rows: Array) -> Array:
-                return cached.at[index, slots, :, place].set(rows, mode="drop")
+                where = (slots, slice(None), column)
+                return cached.at[where if index is None else (index, *where)].set(rows, mode="drop")
 
             keys, values = write(cache[0], key), write(cache[1], new)
             held, real = ring_positions(newest, capacity)
@@ -173,7 +197,11 @@ class Decoder(nnx.Module):
             return attended, keys, values
 
         x, arrays, experts = self._cached(
-            self._embed(tokens, positions), cache.keys, cache.values, attend
+            self._embed(tokens, positions),
+            cache.keys,
+            cache.values,
+            attend,
+            each=cache.keys[0].ndim < 5,
         )
         return self._final_norm(x), SlotCache(keys=arrays[0], values=arrays[1]), experts
 
@@ -233,9 +261,15 @@ class Decoder(nnx.Module):
         return x, kept, Routing(logits=routing[0], experts=routing[1])
 
     def _cached(
-        self, x: Array, keys: tuple[Array, ...], values: tuple[Array, ...], attend: CachedAttend
+        self,
+        x: Array,
+        keys: tuple[Array, ...],
+        values: tuple[Array, ...],
+        attend: CachedAttend,
+        *,
+        each: bool,
     ) -> tuple[Array, tuple[tuple[Array, ...], tuple[Array, ...]], Array | None]:
-        """All layers over a cache, whose arrays are carried and written in place.
+        """All layers over a cache, whose arrays (`each` layer's or kind's) are written in place.
 
         The loop's body holds one period of the layers' kinds, so each layer's cache array, and
         its window, is known when the program is made.
@@ -256,10 +290,11 @@ class Decoder(nnx.Module):
 
         def run(carry: Any, layer: Any, kind: int, index: Any) -> Any:
             x, keys, values, chosen = carry
+            array, index = (layer, None) if each else (kind, index)
 
             def attend_here(query: Array, key: Array, new: Array, sinks: Any) -> tuple[Array, Any]:
-                arrays = (keys[kind], values[kind])
-                attended, *written = attend(kind, index, query, key, new, sinks, *arrays)
+                arrays = (keys[array], values[array])
+                attended, *written = attend(kind, (array, index), query, key, new, sinks, *arrays)
                 return attended, written
 
             if single is None:
@@ -269,8 +304,8 @@ class Decoder(nnx.Module):
             x, (new_keys, new_values), routing = nnx.merge(graphdef, state)(x, attend_here)
             if routing is not None:
                 chosen = jax.lax.dynamic_update_index_in_dim(chosen, routing[1], layer, 0)
-            keys = (*keys[:kind], new_keys, *keys[kind + 1 :])
-            values = (*values[:kind], new_values, *values[kind + 1 :])
+            keys = (*keys[:array], new_keys, *keys[array + 1 :])
+            values = (*values[:array], new_values, *values[array + 1 :])
             return x, keys, values, chosen
 
         def block(i: Any, carry: Any) -> Any:
@@ -300,10 +335,12 @@ class Decoder(nnx.Module):
         """The rotation of these positions, for each kind of attention."""
         dim = self.config.head_dim
         assert dim is not None
-        return [
+        tables = [
             None if kind.rotary is None else rotary_tables(positions, kind.rotary, head_dim=dim)
             for kind in self.config.kinds
         ]
+        # Or XLA computes their sines anew in every layer, inside whatever reads them.
+        return jax.lax.optimization_barrier(tables)
 
     def _settings(self, kind: int) -> AttentionSettings:
         scale = self.config.query_scale
@@ -323,4 +360,7 @@ def _rotated(query: Array, key: Array, tables: Tables) -> tuple[Array, Array]:
 
 
 def _at(stack: Array, index: Any) -> Array:
+    """An entry of the stack; the array itself where it is no stack."""
+    if index is None:
+        return stack
     return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)

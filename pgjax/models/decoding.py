@@ -111,6 +111,9 @@ def few_rows(x: Float[Array, "*batch in"], matrix: Float[Array, "out in"]) -> Ar
         dimension_numbers=(((1,), (1,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
+    # Without the barrier XLA folds the transpose into the product, as rows · matrixᵀ, and that is
+    # the slow one.
+    out = jax.lax.optimization_barrier(out)
     return out.T.reshape(*x.shape[:-1], matrix.shape[0])
 
 

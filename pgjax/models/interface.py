@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from pgjax import _checks
 from pgjax.models import decoding
 from pgjax.models.attention import soft_capped
-from pgjax.models.cache import CompletionCache, PrefixCache, SlotCache
+from pgjax.models.cache import AnyCache, CompletionCache, PrefixCache, SlotCache, by_layer
 from pgjax.models.config import DecoderConfig
 from pgjax.models.decoder import Decoder
 from pgjax.models.moe import Routing
@@ -221,7 +221,7 @@ class FunctionalDecoder:
         """
         _checks.rank("tokens", tokens, 2)
         _checks.integer(tokens=tokens, lengths=lengths)
-        slots = cache.keys[0].shape[1]
+        slots = cache.keys[0].shape[-4]
         if tokens.shape[0] != slots or jnp.shape(lengths) != (slots,):
             raise ValueError(
                 f"tokens, lengths: expected one row for each of {slots} slots, got shapes "
@@ -254,6 +254,10 @@ class FunctionalDecoder:
         if not self.config.tied_embeddings:
             changed["unembedding"] = decoding.transposed(params["unembedding"], in_axes=1)
         return changed
+
+    def caches_for_many_steps(self, cache: AnyCache) -> AnyCache:
+        """The cache as a loop over `for_many_steps`'s parameters should hold it."""
+        return by_layer(cache, self.config) if jax.default_backend() == "cpu" else cache
 
     def _merge(self, params: Params) -> Decoder:
         layers = params["layers"]

@@ -147,7 +147,7 @@ def _generate(
         experts = jnp.zeros((max_new_tokens, layers, *grid, k), jnp.int32)
     else:
         hidden, prefix = decoder.prefill(params, prompts, lengths)
-    stepping = decoder.for_many_steps(params)
+    stepping, prefix = decoder.for_many_steps(params), decoder.caches_for_many_steps(prefix)
 
     def draw_next(loop: _Loop, hidden: Array) -> _Loop:
         logits = decoder.logits(stepping, hidden)
@@ -192,11 +192,13 @@ def _generate(
         stopped=jnp.zeros(grid, bool),
         done=jnp.zeros(grid, bool),
         # The last token is never run, so it needs no slot.
-        cache=empty_completion_cache(
-            decoder.config,
-            num_prompts=num_prompts,
-            num_samples=num_samples,
-            num_slots=max(max_new_tokens - 1, 1),
+        cache=decoder.caches_for_many_steps(
+            empty_completion_cache(
+                decoder.config,
+                num_prompts=num_prompts,
+                num_samples=num_samples,
+                num_slots=max(max_new_tokens - 1, 1),
+            )
         ),
         experts=experts,
     )
