@@ -2,8 +2,8 @@
 
 For each seed one warm-up, and from it one reinforcement run per reward: exact, continuous, random,
 inverted, and the model's own most frequent wrong answer. On problems that no one has seen, accurate
-rewards must improve held-out accuracy and the others must not (arXiv 2507.10532). Exits with 1 if
-that does not show.
+rewards must improve held-out accuracy, the others must harm it, and the inverted one most (arXiv
+2507.10532). Exits with 1 if that does not show.
 """
 
 from __future__ import annotations
@@ -66,12 +66,17 @@ def run_config(config: Config, seed: int, reward: main_job.RewardName) -> main_j
 
 def verdict(before: np.ndarray, after: dict[str, np.ndarray]) -> dict[str, bool]:
     """The claim, part by part: accuracies per seed before, and after each reward."""
-    gain = {name: values - before for name, values in after.items()}
+    others = [name for name in SPURIOUS if name != "inverted"]
     return {
-        "accurate rewards improve every seed by 10 points or more": all(
-            np.all(gain[name] >= 0.10) for name in ACCURATE
+        "accurate rewards improve every seed": all(
+            np.all(after[name] > before) for name in ACCURATE
         ),
-        "spurious rewards improve no seed": all(np.all(gain[name] <= 0.0) for name in SPURIOUS),
+        "spurious rewards leave every seed 10 points or more below its start": all(
+            np.all(after[name] <= before - 0.10) for name in SPURIOUS
+        ),
+        "the inverted reward ends lowest": all(
+            np.all(after["inverted"] <= after[name]) for name in others
+        ),
     }
 
 

@@ -24,10 +24,32 @@ from pgjax.types import PolicyOutputs, Rollout, Transition
 
 __version__ = "0.1.0"
 
-_LAZY = ("diagnostics", "models", "parallel", "rewards", "sampling", "tasks", "train")
+_LAZY = (
+    "curriculum",
+    "diagnostics",
+    "envs",
+    "models",
+    "optim",
+    "parallel",
+    "rewards",
+    "sampling",
+    "tasks",
+    "train",
+)
 
 if TYPE_CHECKING:
-    from pgjax import diagnostics, models, parallel, rewards, sampling, tasks, train
+    from pgjax import (
+        curriculum,
+        diagnostics,
+        envs,
+        models,
+        optim,
+        parallel,
+        rewards,
+        sampling,
+        tasks,
+        train,
+    )
 
 
 def __getattr__(name: str) -> Any:
@@ -48,11 +70,14 @@ __all__ = [
     "Transition",
     "advantages",
     "aggregate",
+    "curriculum",
     "diagnostics",
+    "envs",
     "logprobs",
     "masks",
     "models",
     "objectives",
+    "optim",
     "parallel",
     "returns",
     "rewards",

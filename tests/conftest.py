@@ -3,6 +3,8 @@
 import importlib.metadata
 import os
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_backend_optimization_level" not in flags:
@@ -14,6 +16,10 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 os.environ["XLA_FLAGS"] = flags.strip()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The one test of minutes comes first, so that no worker waits for it at the end."""
+    """Marks what runs experiments; puts the one test of minutes first, so that no worker waits."""
+    for item in items:
+        if item.path.name.startswith("test_experiments_"):
+            item.add_marker("slow")
     items.sort(key=lambda item: "killed_ten_times" not in item.nodeid)

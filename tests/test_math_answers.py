@@ -749,3 +749,12 @@ def test_model_output_is_never_evaluated():
         for line in path.read_text().splitlines():
             code = line.split("#")[0]
             assert not re.search(r"\b(eval|exec|sympify|parse_expr)\s*\(", code), (path, line)
+
+
+def test_answers_written_alike_share_an_id():
+    texts = [r"so \boxed{12}", "#### 12", "the answer is 13", "no idea", r"\boxed{ 12. }", "none"]
+    ids = math_answers.answer_ids(texts)
+    assert ids[0] == ids[1] == ids[4] != ids[2]
+    assert len({ids[0], ids[2], ids[3], ids[5]}) == 4
+    assert math_answers.answer_ids(["6 and 7", "7"], last_number=True).tolist() == [0, 0]
+    assert math_answers.answer_ids([]).shape == (0,)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import pgjax as pg
@@ -143,7 +144,14 @@ def reinforce(config: GRPOConfig) -> report.Result:
         config.objective,
         config.objective_options,
         aggregate=config.aggregate,
-        length=rl.max_new_tokens,
+        known={
+            "length": rl.max_new_tokens,
+            "max_length": rl.max_new_tokens,
+            "length_reference": rl.max_new_tokens,
+            "group_size": rl.samples,
+            "steps": rl.steps,
+            "learning_rate": tuning.learning_rate,
+        },
     )
     with math_answers.MathVerifier(workers=config.verifier_workers) as verifier:
         run = Run(config, GRPO_RUNS, verifier, with_values="values" in objective.needs)
@@ -151,7 +159,9 @@ def reinforce(config: GRPOConfig) -> report.Result:
         before = run.test("before", policy.whole(policy.trainable))
         reference = build.reference_of(policy, "reference_logprobs" in objective.needs)
         optimizer = build.make_optimizer(tuning)
-        state = pg.train.init(policy.trainable, optimizer, jax.random.key(config.seed))
+        state = pg.train.init(
+            policy.trainable, optimizer, jax.random.key(config.seed), objective=objective
+        )
         update = pg.train.make_update(
             pg.train.language_model_outputs(
                 policy.decoder, temperature=rl.temperature, packed_shares=tuning.packed
@@ -161,6 +171,7 @@ def reinforce(config: GRPOConfig) -> report.Result:
             num_epochs=rl.epochs,
             num_minibatches=rl.minibatches,
             num_microbatches=tuning.microbatches,
+            group_size=rl.samples if objective.whole_groups else None,
             state_shardings=pg.train.shardings(state),
         )
         shown = _Completions(policy, config.show_every)
@@ -182,6 +193,9 @@ def reinforce(config: GRPOConfig) -> report.Result:
             generate=pg.sampling.generate
             if rl.slots is None
             else functools.partial(pg.sampling.generate_continuous, num_slots=rl.slots),
+            extras=(lambda samples, batch: {"answer_ids": _answer_ids(policy, samples)})
+            if config.objective == "copo"
+            else None,
             on_samples=shown.keep,
         )
 
@@ -252,6 +266,12 @@ def fine_tune(config: SFTConfig) -> report.Result:
             progress_fields=("loss", "gradient_norm", "tokens/s"),
         )
         return run.finish(before, state, "sft", time.perf_counter() - started)
+
+
+def _answer_ids(policy: build.Policy, samples: Any) -> Any:
+    rows = zip(np.asarray(samples.tokens), np.asarray(samples.mask), strict=True)
+    texts = [chat.decode(policy.tokenizer, row[kept].tolist()) for row, kept in rows]
+    return jnp.asarray(math_answers.answer_ids(texts))
 
 
 @dataclasses.dataclass

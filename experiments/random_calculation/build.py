@@ -22,8 +22,22 @@ def make_objective(config: Config) -> pg.Objective:
         config.objective,
         config.objective_options,
         aggregate=config.aggregate,
-        length=max_new_tokens(config),
+        known={
+            "length": max_new_tokens(config),
+            "max_length": max_new_tokens(config),
+            "length_reference": max_new_tokens(config),
+            "group_size": config.rl.samples,
+            "steps": config.rl.steps,
+            "learning_rate": config.rl.learning_rate,
+        },
     )
+
+
+def answers(samples: Any, batch: Any) -> dict[str, Any]:
+    """Which completions state the same number; one that states none is alone."""
+    del batch
+    values, ok = task.parse_answer(samples.tokens, samples.mask)
+    return {"answer_ids": jnp.where(ok, values, -1 - jnp.arange(values.shape[0]))}
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:

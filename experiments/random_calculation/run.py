@@ -23,6 +23,8 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        # What can be wrong with a command line is said before anything is made.
+        self.objective = build.make_objective(config)
         self.mesh = pg.parallel.make_mesh(config.mesh)
         self.directory = config.out or next_run()
         runs.claim(self.directory, config)
@@ -166,15 +168,18 @@ class Run:
         reference = {"decoder": initial}
         params = {**self.params, "decoder": jax.tree.map(jnp.copy, initial)}
         params = pg.parallel.shard(params, self.shardings)
-        state = pg.train.init(params, optimizer, jax.random.key(config.seed))
+        state = pg.train.init(
+            params, optimizer, jax.random.key(config.seed), objective=self.objective
+        )
         update = pg.train.make_update(
             pg.train.language_model_outputs(self.decoder, temperature=rl.temperature),
-            build.make_objective(config),
+            self.objective,
             optimizer,
             num_epochs=rl.epochs,
             num_minibatches=rl.minibatches,
             num_microbatches=rl.microbatches,
             widths=build.widths(self.prompt_length + self.max_new_tokens),
+            group_size=rl.samples if self.objective.whole_groups else None,
             state_shardings=pg.train.shardings(state),
         )
         shown: list[str] = []
@@ -192,6 +197,7 @@ class Run:
             stop_tokens=(task.EOS,),
             temperature=rl.temperature,
             reference_params=reference,
+            extras=build.answers,
             on_samples=show,
         )
 

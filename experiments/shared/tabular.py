@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -64,9 +65,8 @@ def learn(
         start = init(init_key)
         memory = None if objective.memory is None else objective.memory.init()
         state = pg.train.TrainState(
-            params=start, opt_state=optimizer.init(start), step=0, key=key, memory=memory
+            params=start, opt_state=optimizer.init(start), step=jnp.int32(0), key=key, memory=memory
         )
-        state = jax.tree.map(jax.numpy.asarray, state)
 
         def step(state: Any, _: None) -> tuple[Any, Any]:
             rollout = problems.sample(

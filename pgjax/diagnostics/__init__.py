@@ -1,17 +1,31 @@
 """Exact gradients by enumeration, the judge of every estimator; what drafts are worth."""
 
-from pgjax.diagnostics import speculative
+from pgjax.diagnostics import problems, speculative
 from pgjax.diagnostics.enumeration import (
     all_draws,
     bandit_rollout,
     expected_gradient,
     policy_gradient,
 )
+from pgjax.diagnostics.intervals import interquartile_mean, stratified_bootstrap
+from pgjax.diagnostics.lab_figure import draw_atlas
+from pgjax.diagnostics.laboratory import EstimatorReport, estimator_report
+from pgjax.diagnostics.problems import TokenProblem
+from pgjax.diagnostics.surrogate_gap import exact_gap, sampled_mismatch
 
 __all__ = [
+    "EstimatorReport",
+    "TokenProblem",
     "all_draws",
     "bandit_rollout",
+    "draw_atlas",
+    "estimator_report",
+    "exact_gap",
     "expected_gradient",
+    "interquartile_mean",
     "policy_gradient",
+    "problems",
+    "sampled_mismatch",
     "speculative",
+    "stratified_bootstrap",
 ]

@@ -24,9 +24,11 @@ from pgjax.returns.next_values import next_values_within
 from pgjax.returns.off_policy import VTrace, retrace, v_trace
 from pgjax.returns.on_policy import discounted, gae, lambda_returns, n_step
 from pgjax.returns.recurrence import linear_recurrence, linear_recurrence_sequential
+from pgjax.returns.turns import at_turns, trajectory_rows, turn_returns, turn_sizes, turn_totals
 
 __all__ = [
     "VTrace",
+    "at_turns",
     "discounted",
     "gae",
     "lambda_returns",
@@ -35,5 +37,9 @@ __all__ = [
     "n_step",
     "next_values_within",
     "retrace",
+    "trajectory_rows",
+    "turn_returns",
+    "turn_sizes",
+    "turn_totals",
     "v_trace",
 ]

@@ -10,14 +10,19 @@ from pgjax.sampling.filters import (
     top_k_threshold,
     top_p_threshold,
 )
+from pgjax.sampling.multiturn import flatten_turns
 from pgjax.sampling.prompts import pad_prompts
 from pgjax.sampling.samples import Samples
 from pgjax.sampling.text import generate
+from pgjax.sampling.vines import Steps, Vines, vine_rollout
 
 __all__ = [
     "Samples",
+    "Steps",
+    "Vines",
     "engines",
     "filter_logits",
+    "flatten_turns",
     "generate",
     "generate_continuous",
     "min_p_threshold",
@@ -25,4 +30,5 @@ __all__ = [
     "speculative",
     "top_k_threshold",
     "top_p_threshold",
+    "vine_rollout",
 ]

@@ -14,6 +14,7 @@ def to_rollout(
     rewards: Float[Array, " B"] | Float[Array, "B T"],
     *,
     group_ids: Int[Array, " B"] | None = None,
+    extras: dict[str, Array] | None = None,
 ) -> Rollout:
     """A rollout of sampled completions.
 
@@ -21,6 +22,7 @@ def to_rollout(
       samples: from `sampling.generate`.
       rewards: one per completion or per token; NaN where a verifier failed.
       group_ids: default: the index of each completion's prompt in its batch.
+      extras: further facts about each completion, see `Rollout.extras`.
 
     Returns:
       the rollout, its `behavior_logprobs` under the distribution that was sampled from.
@@ -43,6 +45,7 @@ def to_rollout(
         group_ids=samples.prompt_ids if group_ids is None else group_ids,
         truncated=samples.truncated,
         experts=samples.experts,
+        extras=extras,
     )
 
 

@@ -41,6 +41,7 @@ def make_text_step(
     reference_params: Any | None = None,
     frozen: Any | None = None,
     generate: Callable[..., sampling.Samples] = sampling.generate,
+    extras: Callable[[sampling.Samples, PromptBatch], dict[str, Array]] | None = None,
     on_samples: Callable[[int, sampling.Samples, Any], None] | None = None,
 ) -> Step:
     """A step `(state, prompt batch) -> (state, metrics)` for `fit`.
@@ -61,6 +62,7 @@ def make_text_step(
         "decoder".
       generate: how completions are sampled: `sampling.generate`, or another function of its
         arguments, such as `sampling.generate_continuous` with its `num_slots` bound.
+      extras: what else the objective reads of each completion, such as `answer_ids`.
       on_samples: called with step, samples and rewards, for showing completions.
 
     Returns:
@@ -87,7 +89,9 @@ def make_text_step(
         scores = reward(samples, batch, reward_key)
         if on_samples is not None:
             on_samples(int(state.step) + 1, samples, scores)
-        state, metrics = update(state, to_rollout(samples, scores), reference_params, frozen)
+        facts = None if extras is None else extras(samples, batch)
+        rollout = to_rollout(samples, scores, extras=facts)
+        state, metrics = update(state, rollout, reference_params, frozen)
         return state, {**metrics, "tokens": samples.mask.sum()}
 
     return step

@@ -9,6 +9,7 @@ from pgjax.rewards.math_answers.extraction import boxed, extract_final
 from pgjax.rewards.math_answers.verifier import (
     THINK_THEN_ANSWER,
     MathVerifier,
+    answer_ids,
     batch_reward,
     format_reward,
     grade,
@@ -17,6 +18,7 @@ from pgjax.rewards.math_answers.verifier import (
 __all__ = [
     "THINK_THEN_ANSWER",
     "MathVerifier",
+    "answer_ids",
     "batch_reward",
     "boxed",
     "extract_final",

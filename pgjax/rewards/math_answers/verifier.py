@@ -13,9 +13,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pgjax import _checks
+from pgjax.rewards.math_answers.cleaning import clean
 from pgjax.rewards.math_answers.comparison import decide
 from pgjax.rewards.math_answers.extraction import boxed, extract_final
 from pgjax.rewards.math_answers.pool import Outcome, Pool
@@ -211,6 +212,25 @@ def batch_reward(
         return jnp.asarray(scores)
 
     return reward
+
+
+def answer_ids(texts: Sequence[str], *, last_number: bool = False) -> Int[np.ndarray, " B"]:
+    """Integers that are equal where final answers are written alike, looks aside.
+
+    Args:
+      texts: completions.
+      last_number: as in `extract_final`.
+
+    Returns:
+      int32 `[B]`; a text without an answer has an id of its own.
+    """
+    known: dict[str, int] = {}
+    result = np.zeros(len(texts), np.int32)
+    for row, text in enumerate(texts):
+        answer = extract_final(text, last_number=last_number)
+        key = f"no answer {row}" if answer is None else f"answer {clean(answer)}"
+        result[row] = known.setdefault(key, len(known))
+    return result
 
 
 def _error(outcome: Outcome, pair: tuple[str, str], timeout: float) -> Exception:

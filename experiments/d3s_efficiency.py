@@ -1,0 +1,277 @@
+"""D3S: the same reward from fewer tokens of gradient, by choosing rows and tokens.
+
+64 prompts of mixed difficulty, many of them solved or out of reach at any time: each asks for a
+known token at its first 1 to `horizon` positions, the others being free, and pays 1 if all are
+right. The policy is linear in a prompt's features and shared between prompts.
+
+Compared at equal samples, each method at its best learning rate of the same list: GRPO on all
+tokens; PODS, the rows of largest reward variance in each group; D3S's rows within groups and across
+the batch, without its token level; both levels at a fixed share; and D3S with its schedule. A
+larger step is no gain of the method, hence the tuning. Exits 1 if D3S does not come to the tuned
+GRPO's final reward with 60% of its update tokens, if fewer than 85% of its rows have a signal, or
+if the best learning rate of either lies at an end of the list, where it may not be the best.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
+
+import pgjax as pg
+from experiments.shared import reproduction, tabular
+from pgjax import aggregate, objectives
+from pgjax.diagnostics import problems
+from pgjax.masks import downsample
+from pgjax.objectives import token_selection
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is compared."""
+
+    out: pathlib.Path = pathlib.Path("runs/d3s_efficiency")
+    """Where results go."""
+    seeds: int = 5
+    """Independent runs of every method; one task for all of them."""
+    steps: int = 80
+    """Batches."""
+    prompts: int = 64
+    """Prompts in every batch."""
+    group_size: int = 8
+    """Samples of each prompt."""
+    horizon: int = 4
+    """Tokens of a completion, and the hardest prompt's number of asked ones."""
+    actions: int = 4
+    """Size of the vocabulary."""
+    features: int = 16
+    """Of a prompt."""
+    learning_rates: tuple[float, ...] = (30.0, 100.0, 300.0, 1000.0)
+    """Of plain gradient descent; each method is reported at its best."""
+    rows: float = 0.25
+    """First share of rows; all at the end."""
+    tokens: float = 0.3
+    """First share of the kept rows' tokens; all at the end."""
+    fixed_rows: float = 0.5
+    """Share of rows of the methods without a schedule."""
+    fixed_tokens: float = 0.5
+    """Share of tokens of both levels without a schedule."""
+    quick: bool = False
+    """A tiny version, for tests."""
+
+
+def make_problem(config: Config) -> problems.TokenProblem:
+    """The prompts, the tokens they ask for and how many of these count."""
+    keys = jax.random.split(jax.random.key(20), 2)
+    features = jax.random.normal(keys[0], (config.prompts, config.features))
+    features /= jnp.linalg.norm(features, axis=1, keepdims=True)
+    shape = (config.horizon, config.features, config.actions)
+    answers = jnp.argmax(jnp.einsum("pf,tfa->pta", features, jax.random.normal(keys[1], shape)), -1)
+    asked = jnp.arange(config.horizon) <= (jnp.arange(config.prompts) % config.horizon)[:, None]
+
+    def logits(params: Array, tokens: Array) -> Array:
+        rows = jnp.einsum("bf,tfa->bta", features[tokens[:, 0]], params)
+        return jnp.concatenate([jnp.zeros_like(rows[:, :1]), rows], axis=1)
+
+    def reward(tokens: Array) -> Array:
+        right = tokens[:, 1:] == answers[tokens[:, 0]]
+        return jnp.all(right | ~asked[tokens[:, 0]], axis=1).astype(jnp.float32)
+
+    return problems.TokenProblem(
+        num_prompts=config.prompts,
+        num_actions=config.actions,
+        horizon=config.horizon,
+        logits=logits,
+        reward=reward,
+        extras=lambda tokens: {"answers": jnp.pad(answers[tokens[:, 0]], ((0, 0), (1, 0)))},
+    )
+
+
+def expected_reward(config: Config, problem: problems.TokenProblem, params: Array) -> Array:
+    """Exact: positions are drawn independently of each other."""
+    tokens = jnp.zeros((config.prompts, 1 + config.horizon), jnp.int32)
+    tokens = tokens.at[:, 0].set(jnp.arange(config.prompts))
+    assert problem.extras is not None
+    answers = problem.extras(tokens)["answers"]
+    logprobs = jax.nn.log_softmax(problem.logits(params, tokens))
+    chosen = jnp.take_along_axis(logprobs, answers[..., None], axis=-1)[:, 1:, 0]
+    asked = jnp.arange(config.horizon) <= (jnp.arange(config.prompts) % config.horizon)[:, None]
+    return jnp.mean(jnp.exp(jnp.sum(jnp.where(asked, chosen, 0.0), axis=1)))
+
+
+def pods(share: float) -> pg.Objective:
+    """GRPO within the rows of each group whose rewards have the largest variance."""
+
+    def chosen(rollout: pg.Rollout) -> Array:
+        ids, number = rollout.group_ids, rollout.rewards.shape[0]
+        count = pg.segments.count(ids, num_segments=number)
+        return downsample.max_variance_subset_by_group(
+            rollout.rewards, ids, downsample.rows_to_keep(share, count), num_groups=number
+        )
+
+    def advantage(rollout: pg.Rollout) -> Array:
+        return pg.advantages.group_normalize(
+            rollout.rewards,
+            rollout.group_ids,
+            num_groups=rollout.rewards.shape[0],
+            where=chosen(rollout),
+        )
+
+    return dataclasses.replace(base(), advantage=advantage, mask=chosen)
+
+
+def base() -> pg.Objective:
+    return dataclasses.replace(objectives.grpo(), aggregate=aggregate.token_mean)
+
+
+def methods(config: Config) -> dict[str, pg.Objective]:
+    """What is compared, each with meters of what it uses."""
+    fixed, all_ = (config.fixed_rows, config.fixed_rows), (1.0, 1.0)
+    select = token_selection.with_down_sampling
+    found = {
+        "GRPO": base(),
+        "PODS": pods(config.fixed_rows),
+        "rows within groups": select(
+            base(),
+            steps=config.steps,
+            rows=fixed,
+            tokens=all_,
+            subset=token_selection.most_varied_rows_of_groups,
+        ),
+        "rows across the batch": select(base(), steps=config.steps, rows=fixed, tokens=all_),
+        "rows and tokens, fixed": select(
+            base(), steps=config.steps, rows=fixed, tokens=(config.fixed_tokens,) * 2
+        ),
+        "D3S": select(
+            base(), steps=config.steps, rows=(config.rows, 1.0), tokens=(config.tokens, 1.0)
+        ),
+    }
+    names = ("GRPO", "PODS", "D3S") if config.quick else found
+    return {name: metered(found[name]) for name in names}
+
+
+def metered(objective: pg.Objective) -> pg.Objective:
+    """The objective with two more diagnostics: update tokens, and the share of rows with signal."""
+
+    def everywhere(rollout: pg.Rollout, number: Array) -> Array:
+        return jnp.broadcast_to(number.astype(jnp.float32), rollout.mask.shape)
+
+    def tokens(outputs: pg.PolicyOutputs, rollout: pg.Rollout) -> Array:
+        return everywhere(rollout, rollout.mask.sum())
+
+    def usefulness(outputs: pg.PolicyOutputs, rollout: pg.Rollout) -> Array:
+        assert rollout.advantages is not None
+        used = jnp.any(rollout.mask, axis=1)
+        useful = jnp.sum(used & (rollout.advantages != 0))
+        return everywhere(rollout, useful / jnp.maximum(jnp.sum(used), 1))
+
+    meters = (
+        pg.Regularizer("update_tokens", tokens, 0.0),
+        pg.Regularizer("usefulness", usefulness, 0.0),
+    )
+    return dataclasses.replace(objective, regularizers=objective.regularizers + meters)
+
+
+def run(config: Config) -> reproduction.Findings:
+    if config.quick:
+        config = dataclasses.replace(
+            config, seeds=2, steps=4, prompts=8, group_size=4, learning_rates=(10.0,)
+        )
+    problem = make_problem(config)
+    shape = (config.horizon, config.features, config.actions)
+    best: dict[str, dict[str, np.ndarray]] = {}
+    rates: dict[str, float] = {}
+    for name, objective in methods(config).items():
+        runs = {
+            rate: tabular.learn(
+                problem,
+                objective,
+                optax.sgd(rate),
+                init=lambda key: jnp.zeros(shape),
+                measure=lambda params: {"expected": expected_reward(config, problem, params)},
+                group_size=config.group_size,
+                steps=config.steps,
+                seeds=config.seeds,
+            )
+            for rate in config.learning_rates
+        }
+        rates[name] = max(runs, key=lambda rate: runs[rate]["final/expected"].mean())
+        best[name] = runs[rates[name]]
+    total = config.prompts * config.group_size * config.horizon * config.steps
+    goal = best["GRPO"]["final/expected"]
+    curves = {
+        name: np.concatenate([x["expected"], x["final/expected"][:, None]], axis=1)
+        for name, x in best.items()
+    }
+    used = {name: np.cumsum(x["update_tokens"], axis=1) for name, x in best.items()}
+    table = {}
+    for name, x in best.items():
+        reached = [
+            cost_of(curve, tokens, level)
+            for curve, tokens, level in zip(curves[name], used[name], goal, strict=True)
+        ]
+        table[name] = {
+            "learning rate": np.array([rates[name]]),
+            "final reward": x["final/expected"],
+            "tokens used": used[name][:, -1] / total,
+            "tokens to GRPO's end": np.array(reached) / total,
+            "usefulness": x["usefulness"].mean(1),
+        }
+    cost = table["D3S"]["tokens to GRPO's end"]
+    ends = (min(config.learning_rates), max(config.learning_rates))
+    outside = [name for name in ("GRPO", "D3S") if rates[name] in ends]
+    claims = [
+        reproduction.Claim(
+            "D3S comes to the tuned GRPO's final reward with at most 60% of its update tokens",
+            bool(np.mean(cost) <= 0.6),
+            f"{np.mean(cost):.3f} (at most 0.600)",
+        ),
+        reproduction.above(
+            "most rows that D3S learns from have a signal", table["D3S"]["usefulness"], 0.85
+        ),
+        reproduction.Claim(
+            "the list of learning rates encloses the best of GRPO and of D3S",
+            not outside,
+            f"{', '.join(outside) or 'neither'} at its end",
+        ),
+    ]
+    return reproduction.Findings(
+        title="Down-sampling, best learning rate of each",
+        table=table,
+        claims=claims,
+        panels={
+            "expected reward by batch": {
+                name: reproduction.band(np.arange(config.steps + 1), x)
+                for name, x in curves.items()
+            },
+            "rows with a signal": {
+                name: reproduction.band(np.arange(config.steps), x["usefulness"])
+                for name, x in best.items()
+            },
+        },
+    )
+
+
+def cost_of(curve: np.ndarray, used: np.ndarray, level: float) -> float:
+    """Tokens used until the curve first reaches the level; not a number if it never does."""
+    there = np.flatnonzero(curve >= level)
+    if not there.size:
+        return float("nan")
+    return 0.0 if there[0] == 0 else float(used[there[0] - 1])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return reproduction.main(
+        "d3s_efficiency", Config, run, description=__doc__, arguments=arguments
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""Normalisation, clipping, aggregation and overlong filtering side by side ("Tricks or Traps?").
+
+Prompts ask for digits that sum to a target, then a stop; too long an answer is cut off and wrong.
+Three starting points: hard, an untrained policy that solves about 4%; medium, about half; easy,
+about 95%. From each, every center with every scale, and one change at a time to Lite PPO (group
+mean, batch deviation, token mean, plain clip), all with the same budget. Lite PPO must be within
+noise of or above GRPO and DAPO on the untrained policy, and the batch's deviation must give a lower
+99th percentile of the gradient norm than the group's on the easy one, where rewards of a group are
+nearly all alike (arXiv 2508.08221). Exits with 1 if that does not show.
+
+The policy is a table, one row of logits for each prompt and running sum: the claims are about
+statistics of rewards, which need no network. `--full` adds every combination of the tricks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+import pgjax as pg
+from experiments.shared import reproduction, tabular
+from pgjax import advantages, aggregate, masks, objectives
+from pgjax.diagnostics import problems
+from pgjax.objectives import baselines
+
+STOP, ACTIONS = 0, 4  # and the digits 1, 2 and 3
+CENTERS = {
+    "group": advantages.centered,
+    "batch": baselines.batch_centered,
+    "none": baselines.uncentered,
+}
+SCALES = {
+    "group": baselines.by_group_std,
+    "batch": baselines.by_batch_std,
+    "none": baselines.unscaled,
+}
+AGGREGATES = {
+    "token": aggregate.token_mean,
+    "sequence": aggregate.sequence_mean_token_mean,
+}
+WIDTHS = (0.2, 0.28, 0.32)
+LITE = "group/batch"
+CLAIMED = (  # what the claims are about
+    ("hard", LITE),
+    ("hard", "GRPO"),
+    ("hard", "DAPO"),
+    ("easy", LITE),
+    ("easy", "group/group"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One budget for all cells of the grid."""
+
+    seeds: int = 8
+    """Runs of every cell."""
+    steps: int = 100
+    """Batches."""
+    learning_rate: float = 0.05
+    """Of Adam, for all cells: it takes out most of what a scale alone would do."""
+    prompts: int = 8
+    """With targets from 4 on."""
+    group_size: int = 8
+    """Samples per prompt and step."""
+    longest: int = 6
+    """Tokens before an answer is cut off."""
+    epochs: int = 2
+    """Passes over a batch, in two minibatches each, so that clipping has work to do."""
+    full: bool = False
+    """Every combination instead of one change at a time: 108 cells for each starting point."""
+    claimed_only: bool = False
+    """Only the five cells that the claims are about."""
+    quick: bool = False
+    """A tiny version, for tests."""
+    out: pathlib.Path = pathlib.Path("runs/tricks_grid")
+    """Directory for table and plot."""
+
+
+MIXES = {"hard": 0.0, "medium": 2.2, "easy": 5.2}  # logit of a right token before training
+
+
+def targets(prompts: int) -> Array:
+    return 4 + jnp.arange(prompts) % 5
+
+
+def digit_sums(prompts: int, longest: int) -> problems.TokenProblem:
+    """The policy's logits are `[P, sums, A]`, by prompt and sum so far."""
+
+    def before(x: Array) -> Array:
+        return jnp.cumsum(x, axis=1) - x
+
+    def sums(tokens: Array) -> Array:
+        return before(tokens.at[:, 0].set(0))
+
+    def stops(tokens: Array) -> Array:
+        return (tokens == STOP) & (jnp.arange(tokens.shape[1]) > 0)
+
+    def roles(tokens: Array) -> Array:
+        going = before(stops(tokens).astype(jnp.int32)) == 0
+        return jnp.where(going, problems.POLICY, problems.NOBODY)
+
+    def stopped(tokens: Array) -> Array:
+        return jnp.any(stops(tokens), axis=1)
+
+    def reward(tokens: Array) -> Array:
+        right = tokens[:, 1:].sum(1) == targets(prompts)[tokens[:, 0]]
+        return (right & stopped(tokens)).astype(jnp.float32)
+
+    return problems.TokenProblem(
+        num_prompts=prompts,
+        num_actions=ACTIONS,
+        horizon=longest,
+        logits=lambda params, tokens: params[tokens[:, :1], sums(tokens)],
+        reward=reward,
+        roles=roles,
+        extras=lambda tokens: {"truncated": ~stopped(tokens)},
+    )
+
+
+def start(config: Config, strength: float) -> Float[Array, "P sums A"]:
+    """Logits that favour, at every sum, the largest digit that fits and the stop at the target."""
+    left = targets(config.prompts)[:, None] - jnp.arange(3 * config.longest + 1)
+    return strength * jax.nn.one_hot(jnp.clip(left, 0, 3), ACTIONS)
+
+
+def cell(
+    center: str, scale: str, *, reduce: str = "token", high: float = 0.2, keep_long: bool = True
+) -> pg.Objective:
+    return dataclasses.replace(
+        objectives.lite_ppo(high=high),
+        advantage=baselines.normalized(center=CENTERS[center], scale=SCALES[scale]),
+        aggregate=AGGREGATES[reduce],
+        mask=None if keep_long else without_long,
+    )
+
+
+def without_long(rollout: pg.Rollout) -> Array:
+    assert rollout.extras is not None
+    return masks.overlong_filter(rollout.extras["truncated"])
+
+
+def grid(config: Config) -> dict[str, pg.Objective]:
+    """Names are center/scale, then what else differs from Lite PPO."""
+    cells = {f"{c}/{s}": cell(c, s) for c, s in itertools.product(CENTERS, SCALES)}
+    for reduce, high, keep in itertools.product(AGGREGATES, WIDTHS, (True, False)):
+        changed = [
+            name
+            for name, is_so in (
+                (f"{reduce} mean", reduce != "token"),
+                (f"high {high:g}", high != WIDTHS[0]),
+                ("overlong filtered", not keep),
+            )
+            if is_so
+        ]
+        pairs = itertools.product(CENTERS, SCALES) if config.full else [("group", "batch")]
+        for c, s in pairs if changed and (config.full or len(changed) == 1) else []:
+            name = ", ".join([f"{c}/{s}", *changed])
+            cells[name] = cell(c, s, reduce=reduce, high=high, keep_long=keep)
+    return {**cells, "GRPO": objectives.grpo(), "DAPO": objectives.dapo()}
+
+
+def learn(
+    config: Config, objective: pg.Objective, strength: float
+) -> dict[str, Float[np.ndarray, " S"]]:
+    """Columns of the table, and the accuracy's curve."""
+    problem = digit_sums(config.prompts, config.longest)
+    rows = problems.all_sequences(problem)
+    right = jnp.asarray(rows[np.asarray(problem.reward(jnp.asarray(rows))) == 1])
+
+    def measure(params: Array) -> dict[str, Array]:
+        chances = jnp.exp(problems.log_probability(problem, params, right))
+        return {"accuracy": jnp.sum(chances) / config.prompts}
+
+    curves = tabular.learn(
+        problem,
+        objective,
+        optax.adam(config.learning_rate),
+        init=lambda key: start(config, strength),
+        measure=measure,
+        group_size=config.group_size,
+        steps=config.steps,
+        seeds=config.seeds,
+        num_epochs=config.epochs,
+        num_minibatches=2,
+    )
+    last = slice(-max(config.steps // 10, 1), None)
+    return {
+        "accuracy": curves["final/accuracy"],
+        "mean accuracy": curves["accuracy"].mean(1),
+        "entropy": curves["entropy"][:, last].mean(1),
+        "length": curves["completion_length"][:, last].mean(1),
+        "gradient norm p99": np.percentile(curves["gradient_norm"], 99, axis=1),
+        "gradient norm p50": np.percentile(curves["gradient_norm"], 50, axis=1),
+        "curve": curves["accuracy"],
+    }
+
+
+def run(config: Config) -> reproduction.Findings:
+    if config.quick:
+        config = dataclasses.replace(
+            config, seeds=3, steps=4, prompts=2, longest=3, claimed_only=True
+        )
+    found = {
+        (mix, name): learn(config, objective, strength)
+        for mix, strength in MIXES.items()
+        for name, objective in grid(config).items()
+        if not config.claimed_only or (mix, name) in CLAIMED
+    }
+    shown = [LITE, "group/group", "group/none", "batch/batch", "GRPO", "DAPO"]
+    steps = np.arange(config.steps)
+    return reproduction.Findings(
+        title="Tricks of normalisation, clipping, aggregation and filtering",
+        table={
+            f"{mix}: {name}": {k: v for k, v in x.items() if k != "curve"}
+            for (mix, name), x in found.items()
+        },
+        claims=claims(lambda mix, name: found[mix, name]),
+        panels={
+            f"accuracy, {mix}": {
+                name: reproduction.band(steps, found[mix, name]["curve"])
+                for name in shown
+                if (mix, name) in found
+            }
+            for mix in dict.fromkeys(mix for mix, _ in found)
+        },
+    )
+
+
+def claims(found: Callable[[str, str], dict[str, Any]]) -> list[reproduction.Claim]:
+    result = []
+    for other in ("GRPO", "DAPO"):
+        for column in ("accuracy", "mean accuracy"):
+            gain = found("hard", LITE)[column] - found("hard", other)[column]
+            error = float(gain.std(ddof=1)) / len(gain) ** 0.5
+            result.append(
+                reproduction.Claim(
+                    f"hard: {column} of Lite PPO is within noise of or above {other}'s",
+                    bool(gain.mean() + 2 * error >= 0),
+                    f"difference {gain.mean():.3f} ± {error:.3f}",
+                )
+            )
+    batch, group = (found("easy", name)["gradient norm p99"] for name in (LITE, "group/group"))
+    gain = group - batch
+    error = float(gain.std(ddof=1)) / len(gain) ** 0.5
+    result.append(
+        reproduction.Claim(
+            "easy: 99th percentile of the gradient norm is lower with the batch's deviation",
+            bool(gain.mean() > 2 * error),
+            f"{batch.mean():.3f} against {group.mean():.3f}, difference {gain.mean():.3f} ± "
+            f"{error:.3f}",
+        )
+    )
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return reproduction.main("tricks_grid", Config, run, description=__doc__, arguments=arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""The experiments on agents run and write what they should."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import empg_chain, lazy_kernel, multiturn_guide, trloo_bias
+from pgjax.diagnostics import problems
+from pgjax.envs import textquest
+from pgjax.sampling import multiturn
+
+
+@pytest.mark.parametrize("module", [trloo_bias, lazy_kernel, empg_chain, multiturn_guide])
+def test_a_quick_run_writes_its_files(module, tmp_path):
+    assert module.main(["--quick", "--out", str(tmp_path)]) in (0, 1)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["claims"] and found["table"]
+    assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+def test_the_lazy_kernels_shares_are_exact():
+    params = lazy_kernel.start((0.15, 0.6))
+    task = lazy_kernel.problem(lazy_kernel.correctness, tasks=2)
+    measured = lazy_kernel.measure(params)
+    assert float(measured["correct"]) == pytest.approx(
+        float(problems.expected_reward(task, params)), rel=1e-5
+    )
+    skill = jax.nn.softmax(params[:, 1]) @ jnp.asarray(lazy_kernel.CORRECT_FUSED)
+    np.testing.assert_allclose(skill, [0.15, 0.6], rtol=1e-5)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_chains_success_is_exact(lost):
+    task = empg_chain.problem(lost=lost)
+    params = jnp.asarray(empg_chain.START) * jnp.array([[2.0], [1.0], [1.0]])
+    params = params.at[1, :2].set(2.0)
+    chance = float(empg_chain.measure(params)["success"])
+    rollout = problems.sample(task, params, jax.random.key(1), group_size=5_000)
+    error = (chance * (1 - chance) / 20_000) ** 0.5
+    assert float(rollout.rewards.mean()) == pytest.approx(chance, abs=4 * error)
+
+
+def test_the_sampler_and_the_learner_agree_on_every_token():
+    params = multiturn_guide.init(jax.random.key(0), 8)
+    params["head"] = 20 * params["head"]
+    record, groups = multiturn_guide.episodes(
+        multiturn_guide.EASY, params, jax.random.key(1), tasks=4, group_size=3
+    )
+    rollout = multiturn.flatten_turns(**record, group_ids=groups, eos=textquest.EOS)
+    found = multiturn_guide.outputs(params, rollout, frozenset({"values"}))
+    np.testing.assert_allclose(found.logprobs, rollout.behavior_logprobs, atol=1e-5)
+    lengths = np.asarray(record["action_lengths"])
+    assert {2, 3} <= set(lengths.ravel())
+    multiturn.check_turns(rollout)

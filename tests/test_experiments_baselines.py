@@ -1,0 +1,77 @@
+"""The reproductions run and write what they found; whether claims hold takes their full size."""
+
+import importlib
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import gcpo_tool, oblr_variance, poly_coverage, tricks_grid
+from pgjax.diagnostics import problems
+
+
+@pytest.mark.parametrize("name", ["oblr_variance", "poly_coverage", "gcpo_tool", "tricks_grid"])
+def test_tiny_run(name, tmp_path):
+    module = importlib.import_module(f"experiments.{name}")
+    assert module.main(["--quick", "--out", str(tmp_path)]) in (0, 1)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["claims"] and (tmp_path / "curves.png").stat().st_size > 0
+    columns = [np.asarray(x) for row in found["table"].values() for x in row.values()]
+    assert all(x.shape == (3,) and np.isfinite(x).all() for x in columns)
+
+
+def test_exact_variance_is_what_is_sampled():
+    problem = problems.bandit(jnp.array([[0.3, 1.0, 0.0]]))
+    params = jnp.array([[1.0, -0.5, 0.2]])
+    tokens = jnp.asarray(problems.all_sequences(problem))
+    policy = np.exp(params[0]) / np.exp(params[0]).sum()
+    scores = np.eye(3) - policy
+    rewards = np.array([0.3, 1.0, 0.0])
+    draws = (rewards - 0.4)[:, None] * scores
+    want = policy @ (draws**2).sum(-1) - ((policy @ draws) ** 2).sum()
+    found = oblr_variance.exact_variance(problem, params, jnp.float32(0.4), tokens)
+    assert float(found) == pytest.approx(want, rel=1e-5)
+    mean, best = oblr_variance.optimal_baselines(problem, params, tokens)
+    weights = policy * (scores**2).sum(-1)
+    assert float(mean) == pytest.approx(policy @ rewards, rel=1e-5)
+    assert float(best) == pytest.approx(weights @ rewards / weights.sum(), rel=1e-5)
+
+
+def test_hidden_configurations():
+    problem = poly_coverage.hidden_bandit(10)
+    params = jnp.arange(10.0) / 5
+    policy = np.exp(params) / np.exp(params).sum()
+    found = poly_coverage.coverage(params)
+    assert float(found["pass@1"]) == pytest.approx(
+        float(problems.expected_reward(problem, params)), rel=1e-5
+    )
+    want = poly_coverage.FREQUENCIES @ (1 - (1 - policy[:4]) ** 16)
+    assert float(found["pass@16"]) == pytest.approx(want, rel=1e-4)
+
+
+def test_tools_help_half_of_the_prompts():
+    params = jnp.full(4, 50.0)  # always
+    plain = gcpo_tool.tool_problem(4, contrast=0.0)
+    assert float(problems.expected_reward(plain, params)) == pytest.approx(0.55, rel=1e-5)
+    doubled = gcpo_tool.tool_problem(4, contrast=0.5)
+    rows = jnp.asarray(problems.all_sequences(doubled))
+    chances = np.exp(problems.log_probability(doubled, jnp.zeros(4), rows))
+    rollout = problems.rollout_of(doubled, rows, jnp.zeros(4))
+    forced = np.asarray(rollout.extras["forced"])
+    assert chances.sum() == pytest.approx(4.0, rel=1e-5)
+    assert chances[forced].sum() == pytest.approx(2.0, rel=1e-5)
+    assert not rollout.mask[forced].any() and rollout.mask[~forced].sum(-1).min() == 1
+
+
+def test_digit_sums():
+    config = tricks_grid.Config()
+    problem = tricks_grid.digit_sums(config.prompts, config.longest)
+    rows = jnp.array([[0, 3, 1, 0, 0, 0, 0], [0, 3, 2, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1, 1]])
+    rollout = problems.rollout_of(problem, rows, tricks_grid.start(config, 0.0))
+    assert rollout.rewards.tolist() == [1, 0, 0]
+    assert rollout.mask.sum(-1).tolist() == [3, 3, 6]
+    assert rollout.extras["truncated"].tolist() == [False, False, True]
+    for mix, low, high in (("hard", 0.03, 0.1), ("medium", 0.4, 0.6), ("easy", 0.93, 0.97)):
+        params = tricks_grid.start(config, tricks_grid.MIXES[mix])
+        assert low < float(problems.expected_reward(problem, params)) < high
