@@ -72,6 +72,8 @@ def test_stages_nature_and_endings():
     door, arm = jax.nn.softmax(params[0]), jax.nn.softmax(params[2])
     want = door[0] * 0.4 + door[1] * (arm[0] * 0.25 + arm[1] * 0.75)
     assert float(problems.expected_reward(problem, params)) == pytest.approx(float(want))
+    compiled = jax.jit(lambda params: problems.expected_reward(problem, params))
+    assert float(compiled(params)) == pytest.approx(float(want))
     rollout = problems.sample(problem, params, jax.random.key(0), group_size=4000)
     assert float(rollout.rewards.mean()) == pytest.approx(float(want), abs=0.03)
     assert set(map(tuple, np.asarray(rollout.tokens))) == set(map(tuple, rows))

@@ -146,7 +146,8 @@ def all_sequences(problem: TokenProblem) -> Int[np.ndarray, "K T"]:
     rows = np.zeros((problem.num_prompts, 1 + problem.horizon), np.int32)
     rows[:, 0] = np.arange(problem.num_prompts)
     for position in range(1, problem.horizon + 1):
-        drawn = np.asarray(roles(problem, jnp.asarray(rows)))[:, position]
+        with jax.ensure_compile_time_eval():  # also while someone's jit is being traced
+            drawn = np.asarray(roles(problem, jnp.asarray(rows)))[:, position]
         counts = np.where(drawn == NOBODY, 1, problem.num_actions)
         if counts.sum() > MAX_SEQUENCES:
             raise ValueError(
