@@ -362,7 +362,8 @@ def main(arguments: list[str] | None = None) -> int:
         runs_out / "atlas.png",
         title="An atlas of policy-gradient estimators",
         note=f"Exact expectations in float64 over all {batches:,} batches of each problem. Green: "
-        "the direction of the policy gradient; ● documented as unbiased, ○ as proportional to it. –: none.",
+        "the direction of the policy gradient; ● documented as unbiased, ○ as proportional to it. "
+        "–: none.",
         marks={
             name: {"unbiased": "●", "proportional": "○"}.get(c, "") for name, c in claims.items()
         },

@@ -9,11 +9,13 @@ from pgjax.diagnostics.enumeration import (
 )
 from pgjax.diagnostics.intervals import interquartile_mean, stratified_bootstrap
 from pgjax.diagnostics.lab_figure import draw_atlas
-from pgjax.diagnostics.laboratory import EstimatorReport, estimator_report
+from pgjax.diagnostics.laboratory import Comparison, Estimate, EstimatorReport, estimator_report
 from pgjax.diagnostics.problems import TokenProblem
 from pgjax.diagnostics.surrogate_gap import exact_gap, sampled_mismatch
 
 __all__ = [
+    "Comparison",
+    "Estimate",
     "EstimatorReport",
     "TokenProblem",
     "all_draws",
