@@ -40,7 +40,8 @@ def test_every_recipe_is_on_the_map_with_what_it_needs():
     exported = {
         name for name in pg.objectives.__all__ if name[0].islower() and not name.startswith("with_")
     }
-    parts = {"kl_to_reference", "entropy_bonus", "value_loss", *estimator_atlas.LEFT_OUT}
+    parts = {"by_turn", "normalized", "kl_to_reference", "entropy_bonus", "value_loss"}
+    parts |= estimator_atlas.LEFT_OUT
     assert exported - parts <= set(found)
     for name, recipe in found.items():
         assert isinstance(recipe(**estimator_atlas.options_of(name, 4)), pg.Objective), name
