@@ -218,6 +218,7 @@ def exact(samples, batch, key):
 
 
 def test_one_compilation_over_a_run(model):
+    jax.clear_caches()  # what hundreds of tests have left there may push this one's out
     from pgjax.sampling import text as sampling_text
 
     state, update, step = make_step(model, exact)
