@@ -13,6 +13,7 @@ import pgjax as pg
 from pgjax import curriculum, diagnostics, objectives
 from pgjax.advantages import conditional, novelty, reweight, stratified
 from pgjax.diagnostics import problems
+from pgjax.objectives import facts
 from pgjax.objectives import stratified as recipes
 
 WORTH = jnp.array([[[0, 0, 1], [1, 0, 0], [0, 1, 1]], [[0, 1, 0], [0, 0, 0], [1, 0, 1]]], float)
@@ -229,12 +230,12 @@ def test_turns_and_lengths_as_strata():
         group_ids=jnp.zeros(4, jnp.int32),
         turn_ids=turns,
     )
-    assert recipes.number_of_turns(rollout).tolist() == [2, 1, 1, 0]
-    assert recipes.response_length(rollout).tolist() == [3, 4, 1, 0]
-    assert recipes.length_bucket(rollout, width=2).tolist() == [1, 2, 0, 0]
+    assert facts.number_of_turns(rollout).tolist() == [2, 1, 1, 0]
+    assert facts.response_length(rollout).tolist() == [3, 4, 1, 0]
+    assert facts.length_bucket(rollout, width=2).tolist() == [1, 2, 0, 0]
     joined = rollout.replace(trajectory_ids=jnp.array([7, 7, 1, 2]))
-    assert recipes.number_of_turns(joined).tolist() == [2, 2, 1, 0]
-    assert recipes.response_length(joined).tolist() == [7, 7, 1, 0]
+    assert facts.number_of_turns(joined).tolist() == [2, 2, 1, 0]
+    assert facts.response_length(joined).tolist() == [7, 7, 1, 0]
     by_turns = recipes.stratified_grpo(alpha=1.0).prepare(rollout)
     np.testing.assert_allclose(by_turns.advantages, [0, -1, 1, 0], atol=1e-6)
     by_length = recipes.stratified_grpo(alpha=1.0, bucket_width=2).prepare(rollout)
@@ -290,7 +291,7 @@ def test_canon_reads_entropy_and_length():
     tokens = np.asarray(rollout.tokens)
     first, second = -(p * np.log(p)).sum(-1), -(q * np.log(q)).sum(-1)
     want = 0.5 * (first[tokens[:, 0]] + second[tokens[:, 0], tokens[:, 1]])
-    np.testing.assert_allclose(recipes.mean_entropy(filled), want, rtol=1e-5)
+    np.testing.assert_allclose(facts.mean_entropy(filled), want, rtol=1e-5)
     high = conditional.median_split(want, rollout.group_ids, num_groups=2)
     objective = recipes.canon_entropy(length=4, mix=0.25, low_discount=0.9)
     np.testing.assert_allclose(

@@ -18,6 +18,7 @@ from pgjax.advantages import entropy_modulated as empg_parts
 from pgjax.advantages.turn_level import turn_level
 from pgjax.masks.trajectory_mismatch import trajectory_geometric_mismatch
 from pgjax.objectives._parts import advantages_of
+from pgjax.objectives.facts import trajectory_of
 from pgjax.objectives.group_relative import grpo
 from pgjax.objectives.objective import Objective
 from pgjax.returns import turns
@@ -316,7 +317,7 @@ def with_total_rewards(objective: Objective) -> Objective:
         total = rollout.rewards
         if total.ndim == 2:
             by_row = jnp.where(rollout.mask | ~jnp.isfinite(total), total, 0.0).sum(-1)
-            ids = _trajectories(rollout)
+            ids = trajectory_of(rollout)
             total = segments.total(by_row, ids, num_segments=ids.shape[0])[ids]
         if objective.rewards is None:
             return total
@@ -325,16 +326,9 @@ def with_total_rewards(objective: Objective) -> Objective:
     return dataclasses.replace(objective, rewards=rewards)
 
 
-def _trajectories(rollout: Rollout) -> Int[Array, " B"]:
-    ids = rollout.trajectory_ids
-    if ids is None:
-        return jnp.arange(rollout.tokens.shape[0], dtype=jnp.int32)
-    return segments.dense_ids(ids)
-
-
 def _of_trajectories(rollout: Rollout, values: Array) -> Array:
     """A fact that all rows of a trajectory share, once for each grid row."""
-    ids = _trajectories(rollout)
+    ids = trajectory_of(rollout)
     return jnp.zeros(ids.shape, values.dtype).at[ids].set(values)
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pgjax import _checks, advantages, aggregate, segments
 from pgjax.advantages import _common, optimal_baseline, sets
 from pgjax.objectives._parts import by_group, clipped, score_function
+from pgjax.objectives.facts import extra, trajectory_total
 from pgjax.objectives.objective import Memory, Objective
 from pgjax.rewards import contrastive
 from pgjax.types import Rollout
@@ -21,20 +22,7 @@ from pgjax.types import Rollout
 RowFunction = Callable[[Rollout], Array]
 
 
-def _extra(name: str) -> RowFunction:
-    """`rollout.extras[name]`, as a function of the rollout that names what is missing."""
-
-    def read(rollout: Rollout) -> Array:
-        if rollout.extras is None or name not in rollout.extras:
-            raise ValueError(
-                f"rollout.extras: expected {name!r}, got {sorted(rollout.extras or {})}"
-            )
-        return rollout.extras[name]
-
-    return read
-
-
-prompt_ids_of, used_of = _extra("prompt_ids"), _extra("used")
+prompt_ids_of, used_of = extra("prompt_ids"), extra("used")
 
 
 def rewards_of(rollout: Rollout) -> Array:
@@ -49,10 +37,7 @@ def score_norms(rollout: Rollout) -> Float[Array, " B"]:
     old = rollout.old
     assert old is not None and old.square_sum is not None  # the objective has checked it
     norms = optimal_baseline.score_norm_proxy(old.logprobs, old.square_sum, rollout.mask)
-    if rollout.trajectory_ids is None:
-        return norms
-    ids = segments.dense_ids(rollout.trajectory_ids)
-    return segments.total(norms, ids, num_segments=ids.shape[0])[ids]
+    return trajectory_total(rollout, norms)
 
 
 def oblr(*, weights: RowFunction = score_norms) -> Objective:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from pgjax import _checks, advantages, aggregate, logprobs, segments, surrogates
 from pgjax.advantages import consistency
+from pgjax.objectives import facts
 from pgjax.objectives._parts import advantages_of, by_group, kl_penalty
 from pgjax.objectives.objective import Objective, Regularizer
 from pgjax.surrogates import discriminative
@@ -114,9 +115,7 @@ def disco_ratio(*, temperature: float = 1.0, delta: float = 1e-4, beta: float = 
 
 def given_answers(rollout: Rollout) -> Int[Array, " B"]:
     """`rollout.extras["answer_ids"]`."""
-    if rollout.extras is None or "answer_ids" not in rollout.extras:
-        raise ValueError('rollout.extras: copo needs "answer_ids", one integer a row, got none')
-    return rollout.extras["answer_ids"]
+    return facts.extra("answer_ids")(rollout)
 
 
 def copo(
@@ -209,12 +208,8 @@ def copo(
 
 def _samples(rollout: Rollout) -> tuple[Array, Array]:
     """Rows that stand for a sample with tokens, and every row's tokens in its sample."""
-    lengths = rollout.mask.sum(-1)
-    if rollout.trajectory_ids is None:
-        return lengths > 0, lengths
-    ids = segments.dense_ids(rollout.trajectory_ids)
-    lengths = segments.total(lengths, ids, num_segments=ids.shape[0])[ids]
-    return segments.first_rows(ids) & (lengths > 0), lengths
+    lengths = facts.response_length(rollout)
+    return facts.one_row_each(rollout) & (lengths > 0), lengths
 
 
 def _balanced_by_length(rollout: Rollout) -> Array:

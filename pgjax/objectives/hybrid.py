@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float
 from pgjax import _checks, advantages, aggregate, masks, segments, surrogates
 from pgjax.advantages import hybrid
 from pgjax.objectives._parts import advantages_of, by_group
+from pgjax.objectives.facts import extra, one_row_each
 from pgjax.objectives.objective import Objective
 from pgjax.surrogates import offline
 from pgjax.surrogates.minirl import minirl as minirl_loss
@@ -27,11 +28,7 @@ Coefficients = Callable[[Float[Array, " S"]], tuple[Float[Array, " S"], Float[Ar
 
 def demonstrated(rollout: Rollout) -> Bool[Array, " B"]:
     """`rollout.extras["demonstrated"]`: the rows that are demonstrations."""
-    if rollout.extras is None or "demonstrated" not in rollout.extras:
-        raise ValueError(
-            'rollout.extras: this objective needs "demonstrated", one bool a row, got none'
-        )
-    rows = rollout.extras["demonstrated"]
+    rows = extra("demonstrated")(rollout)
     _checks.boolean(**{'extras["demonstrated"]': rows})
     return rows
 
@@ -71,7 +68,7 @@ def mixed(
             rollout.rewards,
             rollout.group_ids,
             num_groups=rollout.rewards.shape[0],
-            where=_first_rows(rollout) & ~given,
+            where=one_row_each(rollout) & ~given,
         )
         return jnp.where(given, 1.0, own)
 
@@ -85,7 +82,7 @@ def mixed(
         given, ids = demonstrated(rollout), rollout.group_ids
         rows = ids.shape[0]
         finite = masks.finite_rewards(rollout.rewards)
-        own = _first_rows(rollout) & ~given & finite
+        own = one_row_each(rollout) & ~given & finite
         options: dict[str, Any] = {"num_segments": rows}
         rate = segments.mean(rollout.rewards, ids, where=own, **options)
         alpha, beta = coefficients(rate)
@@ -247,12 +244,6 @@ def _with_demonstrations(
         surrogate=surrogate,
         aggregate=aggregate.token_mean,
     )
-
-
-def _first_rows(rollout: Rollout) -> Array:
-    if rollout.trajectory_ids is None:
-        return jnp.ones(rollout.group_ids.shape, bool)
-    return segments.first_rows(rollout.trajectory_ids)
 
 
 def _check_demonstrated(wanted: Array, given: Array) -> None:

@@ -16,6 +16,14 @@ from jaxtyping import Array, Bool, Float, Int
 from pgjax import _checks, aggregate, segments
 from pgjax.advantages import conditional, group_normalize, novelty, reweight, stratified
 from pgjax.objectives._parts import by_group, clipped
+from pgjax.objectives.facts import (
+    length_bucket,
+    mean_entropy,
+    number_of_turns,
+    one_row_each,
+    response_length,
+    trajectory_total,
+)
 from pgjax.objectives.group_relative import grpo
 from pgjax.objectives.objective import Memory, Objective
 from pgjax.types import Rollout
@@ -256,7 +264,7 @@ def with_utility_weights(
             num_groups=rollout.rewards.shape[0],
             max_length=max_length,
             success_threshold=success_threshold,
-            where=_one_row_each(rollout),
+            where=one_row_each(rollout),
         )
         weights = reweight.utility_weights(advantageous(utility), low=low_weight, high=high_weight)
         of_rows = segments.per_row(weights, rollout.group_ids)
@@ -313,11 +321,11 @@ def g2rl(
     vectors = _score_features if features is None else features
 
     def shaped(rollout: Rollout) -> Array:
-        given, first = rollout.rewards, _one_row_each(rollout)
+        given = rollout.rewards
         signs = jnp.where(given > success_threshold, 1.0, -1.0)
         signs = jnp.where(jnp.isfinite(given), signs, jnp.nan)
         size = given.shape[0]
-        counted = jnp.isfinite(given) if first is None else jnp.isfinite(given) & first
+        counted = jnp.isfinite(given) & one_row_each(rollout)
         found = novelty.feature_novelty(
             vectors(rollout), signs, rollout.group_ids, num_groups=size, where=counted
         )
@@ -339,43 +347,6 @@ def g2rl(
     )
 
 
-def number_of_turns(rollout: Rollout) -> Int[Array, " B"]:
-    """Turns that the policy took, all rows of a trajectory together; int32 `[B]`.
-
-    Raises:
-      ValueError: `rollout.turn_ids` is None.
-    """
-    if rollout.turn_ids is None:
-        raise ValueError(
-            "rollout.turn_ids: needed to count turns, got None; give strata or bucket_width"
-        )
-    turns = jnp.max(jnp.where(rollout.mask, rollout.turn_ids, -1), axis=-1) + 1
-    if rollout.trajectory_ids is None:
-        return turns
-    ids = segments.dense_ids(rollout.trajectory_ids)
-    most = segments.maximum(turns, ids, num_segments=turns.shape[0])
-    return segments.per_row(most, ids).astype(jnp.int32)
-
-
-def response_length(rollout: Rollout) -> Int[Array, " B"]:
-    """Tokens that the policy chose, all rows of a trajectory together; int32 `[B]`."""
-    return _trajectory_total(rollout, rollout.mask.sum(-1)).astype(jnp.int32)
-
-
-def length_bucket(rollout: Rollout, *, width: int) -> Int[Array, " B"]:
-    """`floor(response_length / width)`; int32 `[B]`."""
-    _checks.in_range("width", width, 1)
-    return response_length(rollout) // width
-
-
-def mean_entropy(rollout: Rollout) -> Float[Array, " B"]:
-    """Mean over the response's tokens of the old policy's entropy, in nats; 0 without tokens."""
-    assert rollout.old is not None and rollout.old.entropy is not None  # the objective's old_needs
-    entropy = jnp.where(rollout.mask, rollout.old.entropy, 0.0).sum(-1)
-    total = _trajectory_total(rollout, entropy)
-    return total / jnp.maximum(response_length(rollout), 1)
-
-
 def step_count() -> Memory:
     """A memory that counts batches: `rollout.memory["step"]` is int32, 0 at the first."""
     return Memory(
@@ -390,18 +361,4 @@ def _score_features(rollout: Rollout) -> Float[Array, "B H"]:
     features = rollout.old.score_features
     if rollout.trajectory_ids is None:
         return features
-    return _trajectory_total(rollout, features * rollout.mask.sum(-1, keepdims=True))
-
-
-def _trajectory_total(rollout: Rollout, values: Array) -> Array:
-    """For each row, the sum of the rows of its trajectory."""
-    if rollout.trajectory_ids is None:
-        return values
-    ids = segments.dense_ids(rollout.trajectory_ids)
-    return segments.per_row(segments.total(values, ids, num_segments=ids.shape[0]), ids)
-
-
-def _one_row_each(rollout: Rollout) -> Bool[Array, " B"] | None:
-    """The first row of each trajectory; None where every row is one."""
-    ids = rollout.trajectory_ids
-    return None if ids is None else segments.first_rows(ids)
+    return trajectory_total(rollout, features * rollout.mask.sum(-1, keepdims=True))

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 from pgjax import _checks, advantages, aggregate, masks, segments, surrogates
 from pgjax.masks import conflict, curvature, downsample, entropy_filter
 from pgjax.objectives._parts import advantages_of, by_group
+from pgjax.objectives.facts import row_mean
 from pgjax.objectives.group_relative import grpo
 from pgjax.objectives.objective import Memory, Objective
 from pgjax.types import PolicyOutputs, Rollout
@@ -235,7 +236,7 @@ def _initial_entropy(rollout: Rollout) -> Float[Array, ""]:
 
 def _mean_entropy(rollout: Rollout) -> Float[Array, " B"]:
     assert rollout.old is not None and rollout.old.entropy is not None
-    return _row_mean(rollout.old.entropy, rollout.mask)
+    return row_mean(rollout.old.entropy, rollout.mask)
 
 
 # --- CAPO -----------------------------------------------------------------------------------------
@@ -341,13 +342,9 @@ def _memory_of(rollout: Rollout) -> Any:
     return rollout.memory
 
 
-def _row_mean(values: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, " B"]:
-    return jnp.where(mask, values, 0.0).sum(1) / jnp.maximum(mask.sum(1), 1)
-
-
 def _row_advantages(rollout: Rollout) -> Float[Array, " B"]:
     given = advantages_of(rollout)
-    return given if given.ndim == 1 else _row_mean(given, rollout.mask)
+    return given if given.ndim == 1 else row_mean(given, rollout.mask)
 
 
 def _one_row_a_trajectory(rollout: Rollout) -> Bool[Array, " B"]:
