@@ -83,7 +83,7 @@ def run(config: Config) -> reproduction.Findings:
     mean = dataclasses.replace(
         baselines.polychromic(group_size=config.group_size),
         advantage=baselines.normalized(
-            center=advantages.centered, scale=baselines.by_centered_batch_std
+            center=advantages.centered, scale=advantages.by_centered_batch_std
         ),
     )
     with_bonus = {

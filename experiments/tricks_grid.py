@@ -36,13 +36,13 @@ from pgjax.objectives import baselines
 STOP, ACTIONS = 0, 4  # and the digits 1, 2 and 3
 CENTERS = {
     "group": advantages.centered,
-    "batch": baselines.batch_centered,
-    "none": baselines.uncentered,
+    "batch": advantages.batch_centered,
+    "none": advantages.uncentered,
 }
 SCALES = {
-    "group": baselines.by_group_std,
-    "batch": baselines.by_batch_std,
-    "none": baselines.unscaled,
+    "group": advantages.by_group_std,
+    "batch": advantages.by_batch_std,
+    "none": advantages.unscaled,
 }
 AGGREGATES = {
     "token": aggregate.token_mean,

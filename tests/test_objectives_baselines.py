@@ -125,7 +125,7 @@ def test_polychromic_with_other_parts():
         group_size=4, set_size=2, signatures=lambda r: jnp.zeros(r.tokens.shape[0], jnp.int32)
     )
     plain = dataclasses.replace(
-        alike, advantage=baselines.normalized(center=advantages.centered, scale=baselines.unscaled)
+        alike, advantage=baselines.normalized(center=advantages.centered, scale=advantages.unscaled)
     )
     # All alike: the mean reward of sets, so the deviations from the mean, normalised.
     mean = plain.prepare(rollout).advantages
@@ -225,13 +225,13 @@ def test_gcpo_learns_nothing_from_contrast_samples():
 
 CENTERS = {
     "group": advantages.centered,
-    "batch": baselines.batch_centered,
-    "none": baselines.uncentered,
+    "batch": advantages.batch_centered,
+    "none": advantages.uncentered,
 }
 SCALES = {
-    "group": baselines.by_group_std,
-    "batch": baselines.by_batch_std,
-    "none": baselines.unscaled,
+    "group": advantages.by_group_std,
+    "batch": advantages.by_batch_std,
+    "none": advantages.unscaled,
 }
 
 

@@ -12,7 +12,7 @@ from pgjax.objectives import baselines
 from pgjax.types import PolicyOutputs, Rollout
 
 CENTERED_STD = baselines.normalized(
-    center=advantages.centered, scale=baselines.by_centered_batch_std
+    center=advantages.centered, scale=advantages.by_centered_batch_std
 )
 
 
@@ -64,7 +64,7 @@ def test_a_single_success_is_not_inflated(solved):
 def test_a_constant_on_one_prompt_moves_only_the_raw_scale():
     rewards, ids = np.array([1.0, 0, 1, 1, 0, 0]), [0, 0, 0, 1, 1, 1]
     moved = rewards + np.repeat([0.0, 2.0], 3)
-    raw = baselines.normalized(center=advantages.centered, scale=baselines.by_batch_std)
+    raw = baselines.normalized(center=advantages.centered, scale=advantages.by_batch_std)
     for advantage, same in ((raw, False), (CENTERED_STD, True)):
         objective = dataclasses.replace(objectives.lite_ppo(), advantage=advantage)
         before, after = (advantages_of(objective, r, ids) for r in (rewards, moved))

@@ -49,6 +49,14 @@ from pgjax.advantages.reweight import (
     success_is_rare,
     utility_weights,
 )
+from pgjax.advantages.scaling import (
+    batch_centered,
+    by_batch_std,
+    by_centered_batch_std,
+    by_group_std,
+    uncentered,
+    unscaled,
+)
 from pgjax.advantages.sets import (
     all_sets,
     duplicate_labels,
@@ -69,7 +77,11 @@ __all__ = [
     "all_sets",
     "answer_entropy",
     "at_last_token",
+    "batch_centered",
     "batch_normalize",
+    "by_batch_std",
+    "by_centered_batch_std",
+    "by_group_std",
     "centered",
     "centered_steps",
     "conditional_advantage",
@@ -114,7 +126,9 @@ __all__ = [
     "token_whiten",
     "turn_leave_one_out",
     "turn_level",
+    "uncentered",
     "unique_fraction",
+    "unscaled",
     "utility_weights",
     "weighted_centered",
     "weighted_leave_one_out",
