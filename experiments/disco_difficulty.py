@@ -30,7 +30,7 @@ import optax
 from jaxtyping import Array, Float
 
 import pgjax as pg
-from experiments.shared import reproduction
+from experiments.shared import reproduction, tabular
 from pgjax.diagnostics import problems
 from pgjax.objectives import discriminative as recipes
 from pgjax.surrogates import discriminative
@@ -125,34 +125,17 @@ def learn(
     objective: pg.Objective, config: Config, problem: problems.TokenProblem, right: Array
 ) -> dict[str, Float[np.ndarray, "R S K"]]:
     """Curves by learning rate and seed, those for tuning first; `"final/..."` after the last."""
-    outputs = functools.partial(problems.outputs, problem)
-
-    def run_seed(rate: Array, key: Array) -> dict[str, Array]:
-        optimizer = optax.sgd(rate)
-        update = pg.train.make_update(outputs, objective, optimizer)
-        init_key, key = jax.random.split(key)
-        params = initial(config, right, init_key)
-        start: Any = pg.train.TrainState(
-            params=params, opt_state=optimizer.init(params), step=jnp.int32(0), key=key
-        )
-
-        def step(state: Any, _: None) -> tuple[Any, dict[str, Array]]:
-            batch = problems.sample(
-                problem,
-                state.params,
-                jax.random.fold_in(key, state.step),
-                group_size=config.group_size,
-            )
-            return update(state, batch)[0], measure(problem, right, state.params)
-
-        state, curves = jax.lax.scan(step, start, None, length=config.steps)
-        final = measure(problem, right, state.params)
-        return {**curves, **{f"final/{name}": x for name, x in final.items()}}
-
-    keys = jax.vmap(jax.random.key)(np.arange(config.tuning_seeds + config.seeds))
-    by_seed = jax.vmap(run_seed, in_axes=(None, 0))
-    found = jax.jit(jax.vmap(by_seed, in_axes=(0, None)))(jnp.array(config.rates), keys)
-    return {name: np.asarray(x) for name, x in found.items()}
+    return tabular.learn_at_rates(
+        problem,
+        objective,
+        optax.sgd,
+        rates=config.rates,
+        seeds=config.tuning_seeds + config.seeds,
+        init=functools.partial(initial, config, right),
+        measure=functools.partial(measure, problem, right),
+        group_size=config.group_size,
+        steps=config.steps,
+    )
 
 
 def update_weights(group_size: int) -> dict[str, Float[np.ndarray, " K"]]:

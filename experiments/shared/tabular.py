@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -52,15 +52,71 @@ def learn(
       K = steps / every; measured before the first and metrics of the last step of every interval.
       `"final/..."` `[S]` are measured after the last step.
     """
-    if steps % every:
-        raise ValueError(f"steps: expected a multiple of every={every}, got {steps}")
-    update = pg.train.make_update(
-        functools.partial(problems.outputs, problem), objective, optimizer, **update_options
+    run = _one_run(
+        problem,
+        objective,
+        init=init,
+        measure=measure,
+        group_size=group_size,
+        steps=steps,
+        every=every,
+        fixed_reference=fixed_reference,
+        **update_options,
     )
+    keys = jax.vmap(jax.random.key)(np.arange(first_seed, first_seed + seeds))
+    found = jax.jit(jax.vmap(functools.partial(run, optimizer)))(keys)
+    return {name: np.asarray(x) for name, x in found.items()}
+
+
+def learn_at_rates(
+    problem: problems.TokenProblem,
+    objective: pg.Objective,
+    make_optimizer: Callable[[Float[Array, ""]], optax.GradientTransformation],
+    *,
+    rates: Sequence[float],
+    seeds: int,
+    first_seed: int = 0,
+    **options: Any,
+) -> dict[str, Float[np.ndarray, "R S K"]]:
+    """`learn` with each of several learning rates, all in one program; curves by rate, then seed.
+
+    Args:
+      problem, objective, seeds, first_seed: as in `learn`.
+      make_optimizer: from a learning rate, such as `optax.sgd`.
+      rates: R learning rates.
+      **options: the others of `learn`.
+    """
+    run = _one_run(problem, objective, **options)
 
     @jax.jit
-    @jax.vmap
-    def run(key: PRNGKeyArray) -> dict[str, Array]:
+    @functools.partial(jax.vmap, in_axes=(0, None))
+    @functools.partial(jax.vmap, in_axes=(None, 0))
+    def all_runs(rate: Array, key: PRNGKeyArray) -> dict[str, Array]:
+        return run(make_optimizer(rate), key)
+
+    keys = jax.vmap(jax.random.key)(np.arange(first_seed, first_seed + seeds))
+    return {name: np.asarray(x) for name, x in all_runs(jnp.array(rates), keys).items()}
+
+
+def _one_run(
+    problem: problems.TokenProblem,
+    objective: pg.Objective,
+    *,
+    init: Callable[[PRNGKeyArray], Any],
+    measure: Callable[[Any], dict[str, Array]],
+    group_size: int,
+    steps: int,
+    every: int = 1,
+    fixed_reference: bool = False,
+    **update_options: Any,
+) -> Callable[[optax.GradientTransformation, PRNGKeyArray], dict[str, Array]]:
+    """The run of one seed with one optimizer."""
+    if steps % every:
+        raise ValueError(f"steps: expected a multiple of every={every}, got {steps}")
+    outputs = functools.partial(problems.outputs, problem)
+
+    def run(optimizer: optax.GradientTransformation, key: PRNGKeyArray) -> dict[str, Array]:
+        update = pg.train.make_update(outputs, objective, optimizer, **update_options)
         init_key, key = jax.random.split(key)
         start = init(init_key)
         memory = None if objective.memory is None else objective.memory.init()
@@ -87,5 +143,4 @@ def learn(
         final = {f"final/{name}": x for name, x in measure(state.params).items()}
         return {**curves, **final}
 
-    keys = jax.vmap(jax.random.key)(np.arange(first_seed, first_seed + seeds))
-    return {name: np.asarray(x) for name, x in run(keys).items()}
+    return run

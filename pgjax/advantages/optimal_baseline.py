@@ -214,7 +214,17 @@ class BaselineHistory(NamedTuple):
 
 
 def history_init(num_prompts: int) -> BaselineHistory:
-    """No history of any of P prompts."""
+    """No history of any prompt.
+
+    Args:
+      num_prompts: P, at least 1.
+
+    Returns:
+      two f32 `[P]` of zeros.
+
+    Raises:
+      ValueError: P below 1.
+    """
     _checks.in_range("num_prompts", num_prompts, 1)
     return BaselineHistory(jnp.zeros(num_prompts), jnp.zeros(num_prompts))
 

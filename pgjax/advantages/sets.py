@@ -27,7 +27,14 @@ Diversity = Callable[[Int[Array, "*batch n"]], Float[Array, "*batch"]]
 
 
 def all_sets(num_members: int, set_size: int) -> Int[np.ndarray, "M n"]:
-    """Every subset of n of N members, int32 `[C(N, n), n]`.
+    """Every subset of n of N members.
+
+    Args:
+      num_members: N.
+      set_size: n, in [1, N].
+
+    Returns:
+      int32 `[C(N, n), n]`, each row ascending.
 
     Raises:
       ValueError: n outside [1, N], or more than 100,000 subsets.
@@ -45,7 +52,16 @@ def all_sets(num_members: int, set_size: int) -> Int[np.ndarray, "M n"]:
 def random_sets(
     key: PRNGKeyArray, num_members: int, set_size: int, num_sets: int
 ) -> Int[Array, "M n"]:
-    """M sets of n different members out of N; sets may overlap and repeat. int32 `[M, n]`.
+    """M sets of n different members out of N; sets may overlap and repeat.
+
+    Args:
+      key: randomness.
+      num_members: N.
+      set_size: n, in [1, N].
+      num_sets: M.
+
+    Returns:
+      int32 `[M, n]`.
 
     Raises:
       ValueError: n outside [1, N], or M below 1.
@@ -92,7 +108,19 @@ def duplicate_labels(
 
 
 def unique_fraction(signatures: Int[Array, "*batch n"]) -> Float[Array, "*batch"]:
-    """Number of different values over n, in [1/n, 1]."""
+    """Number of different values over n, the diversity of a set.
+
+    Args:
+      signatures: integers of each member; equal ones count once.
+
+    Returns:
+      f32 `[*batch]` in [1/n, 1].
+
+    Raises:
+      ValueError: a dtype that is no integer's, or n = 0.
+
+    Source: polychromic objectives, 2025, arXiv 2509.25424.
+    """
     _checks.integer(signatures=signatures)
     if np.ndim(signatures) < 1 or np.shape(signatures)[-1] < 1:
         raise ValueError(f"signatures: expected [..., n], got shape {np.shape(signatures)}")

@@ -193,7 +193,15 @@ def curvature_mask(
 
 
 def sgd_direction(gradient: Float[Array, "B K H"], ids: Int[Array, "B K"]) -> Array:
-    """The plain gradient's step, G = g."""
+    """The plain gradient's step, G = g.
+
+    Args:
+      gradient: of the head's rows on one position's support.
+      ids: of those rows; not read.
+
+    Returns:
+      the gradient itself.
+    """
     return gradient
 
 
@@ -236,7 +244,18 @@ def adam_direction(
 
 
 def shadow_adam_init(num_rows: int, size: int) -> ShadowAdam:
-    """Moments of a head of `num_rows` tokens and `size` features before any step: zeros."""
+    """Adam's moments of the output head before any step: zeros.
+
+    Args:
+      num_rows: V, tokens of the head.
+      size: H, features.
+
+    Returns:
+      two f32 `[V, H]` and a step count of 0.
+
+    Raises:
+      ValueError: a size below 1.
+    """
     _checks.in_range("num_rows", num_rows, 1)
     _checks.in_range("size", size, 1)
     zeros = jnp.zeros((num_rows, size), jnp.float32)

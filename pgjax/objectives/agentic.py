@@ -13,12 +13,12 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pgjax import _checks, advantages, aggregate, masks, segments, surrogates
+from pgjax import _checks, advantages, aggregate, masks, surrogates
 from pgjax.advantages import entropy_modulated as empg_parts
 from pgjax.advantages.turn_level import turn_level
 from pgjax.masks.trajectory_mismatch import trajectory_geometric_mismatch
 from pgjax.objectives._parts import advantages_of
-from pgjax.objectives.facts import trajectory_of
+from pgjax.objectives.facts import trajectory_of, trajectory_total
 from pgjax.objectives.group_relative import grpo
 from pgjax.objectives.objective import Objective
 from pgjax.returns import turns
@@ -311,14 +311,19 @@ def with_total_rewards(objective: Objective) -> Objective:
     """Sums per-token rewards over each trajectory, for objectives that compare whole ones.
 
     With one reward a row nothing changes. A trajectory with a reward that is not finite has none.
+
+    Args:
+      objective: any whose advantages read `rollout.rewards` as `f32[B]`.
+
+    Returns:
+      an objective that differs in its rewards alone.
     """
 
     def rewards(rollout: Rollout) -> Float[Array, " B"]:
         total = rollout.rewards
         if total.ndim == 2:
             by_row = jnp.where(rollout.mask | ~jnp.isfinite(total), total, 0.0).sum(-1)
-            ids = trajectory_of(rollout)
-            total = segments.total(by_row, ids, num_segments=ids.shape[0])[ids]
+            total = trajectory_total(rollout, by_row)
         if objective.rewards is None:
             return total
         return objective.rewards(rollout.replace(rewards=total))

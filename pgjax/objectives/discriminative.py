@@ -109,7 +109,15 @@ def disco(
 
 
 def disco_ratio(*, temperature: float = 1.0, delta: float = 1e-4, beta: float = 1e3) -> Objective:
-    """`disco` with the score L-ratio, the mean token ratio to the policy that sampled."""
+    """`disco` with the score L-ratio, the mean token ratio to the policy that sampled.
+
+    Args:
+      temperature, delta, beta: as in `disco`; the paper's temperature for ratios is 1.
+
+    Expected gradient: as `disco`'s.
+
+    Source: 2025, arXiv 2505.12366.
+    """
     return disco(temperature=temperature, score=surrogates.importance_ratio, delta=delta, beta=beta)
 
 

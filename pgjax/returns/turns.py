@@ -146,7 +146,18 @@ def turn_returns(
 def trajectory_rows(
     turn_ids: Int[Array, "B T"], trajectory_ids: Int[Array, " B"] | None = None
 ) -> Int[Array, " B"]:
-    """The grid row of each row of the batch, int32 `[B]`."""
+    """The row of a trajectory's grid `[B, M]` of turns that each row of the batch belongs to.
+
+    Args:
+      turn_ids: turn of each token.
+      trajectory_ids: rows of one trajectory share an id; None: each row is its own.
+
+    Returns:
+      int32 `[B]` in [0, B).
+
+    Raises:
+      ValueError: wrong rank or unequal lengths.
+    """
     _checks.rank("turn_ids", turn_ids, 2)
     if trajectory_ids is None:
         return jnp.arange(turn_ids.shape[0], dtype=jnp.int32)
