@@ -321,9 +321,9 @@ def test_canon_with_a_mix_that_changes():
     np.testing.assert_allclose(by_accuracy.prepare(rollout).advantages, want.advantages, atol=1e-6)
 
     def scheduled(rollout):
-        return curriculum.cosine_restarts(rollout.memory["step"], warmup=4, total=8, cycles=1)
+        return curriculum.cosine_restarts(rollout.memory, warmup=4, total=8, cycles=1)
 
-    objective = dataclasses.replace(with_mix(scheduled), memory=recipes.step_count())
+    objective = dataclasses.replace(with_mix(scheduled), memory=objectives.step_count())
     optimizer = optax.sgd(0.0)
     update = pg.train.make_update(OUTPUTS, objective, optimizer)
     state = pg.train.init(
@@ -334,7 +334,7 @@ def test_canon_with_a_mix_that_changes():
         state, metrics = update(state, rollout)
         expected = np.mean(np.abs(want))
         np.testing.assert_allclose(metrics["advantage_magnitude"], expected, rtol=1e-5)
-    assert int(state.memory["step"]) == 3
+    assert int(state.memory) == 3
 
 
 # --- weights of groups ----------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pgjax.objectives.baselines import gcpo, normalized, oblr, oblr_with_history
 from pgjax.objectives.discriminative import copo, disco, disco_b, disco_ratio
 from pgjax.objectives.group_relative import cispo, dapo, dr_grpo, grpo, gspo, lite_ppo
 from pgjax.objectives.hybrid import hpt, luffy, minirl, mixed, srft
-from pgjax.objectives.objective import Memory, Objective, Regularizer
+from pgjax.objectives.objective import Memory, Objective, Regularizer, step_count
 from pgjax.objectives.policy_gradient import ppo, reinforce, reinforce_pp, rloo, supervised
 from pgjax.objectives.regularizers import entropy_bonus, kl_to_reference, value_loss
 from pgjax.objectives.stratified import (
@@ -66,6 +66,7 @@ __all__ = [
     "reinforce_pp",
     "rloo",
     "srft",
+    "step_count",
     "stratified_grpo",
     "supervised",
     "trloo",

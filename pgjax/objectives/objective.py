@@ -46,6 +46,11 @@ class Memory(NamedTuple):
     update: Callable[[Any, Rollout], Any]
 
 
+def step_count() -> Memory:
+    """A memory that counts batches: `rollout.memory` is int32, 0 at the first."""
+    return Memory(init=lambda: jnp.int32(0), update=lambda memory, rollout: memory + 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Regularizer:
     """A per-token term added to the surrogate, before aggregation.

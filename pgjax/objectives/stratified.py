@@ -25,7 +25,7 @@ from pgjax.objectives.facts import (
     trajectory_total,
 )
 from pgjax.objectives.group_relative import grpo
-from pgjax.objectives.objective import Memory, Objective
+from pgjax.objectives.objective import Objective
 from pgjax.types import Rollout
 
 
@@ -108,7 +108,7 @@ def canon(
         `mean_entropy`, see `canon_entropy`.
       metric_needs: what the metric reads of `rollout.old`.
       mix: μ in [0, 1], or a function of the rollout: `curriculum.accuracy_mix` of its rewards, or a
-        schedule of `rollout.memory["step"]` in an objective whose memory is `step_count()`.
+        schedule of `rollout.memory` in an objective whose memory is `objectives.step_count()`.
       high_discount, low_discount, offset: tilt the comparison, see
         `advantages.conditional_advantage`; `high_discount` < 1 favours short responses.
       low, high: clip widths.
@@ -344,14 +344,6 @@ def g2rl(
         rewards=shaped,
         advantage=by_group(group_normalize, epsilon=epsilon, ddof=0),
         old_needs=frozenset({"score_features"}) if features is None else frozenset(),
-    )
-
-
-def step_count() -> Memory:
-    """A memory that counts batches: `rollout.memory["step"]` is int32, 0 at the first."""
-    return Memory(
-        init=lambda: {"step": jnp.int32(0)},
-        update=lambda memory, rollout: {"step": memory["step"] + 1},
     )
 
 

@@ -17,7 +17,7 @@ from pgjax.masks import conflict, curvature, downsample, entropy_filter
 from pgjax.objectives._parts import advantages_of, by_group
 from pgjax.objectives.facts import row_mean
 from pgjax.objectives.group_relative import grpo
-from pgjax.objectives.objective import Memory, Objective
+from pgjax.objectives.objective import Memory, Objective, step_count
 from pgjax.types import PolicyOutputs, Rollout
 
 Subset = Callable[[Rollout, Float[Array, ""]], Bool[Array, " B"]]
@@ -104,7 +104,7 @@ def with_down_sampling(
         score = downsample.token_uncertainty(advantages_of(rollout), rollout.old.entropy)
         return downsample.topk_token_mask(score, keep, share_of_tokens)
 
-    counting = _with_memory(objective, _batch_count())
+    counting = _with_memory(objective, step_count())
     return dataclasses.replace(counting, mask=mask, old_needs=objective.old_needs | {"entropy"})
 
 
@@ -304,16 +304,12 @@ def capo(
     return dataclasses.replace(
         grpo(low=low, high=high, epsilon=epsilon, ddof=ddof),
         mask=mask,
-        memory=_batch_count(),
+        memory=step_count(),
         old_needs=frozenset({"square_sum", "cube_sum", "feature_square_norm"}),
     )
 
 
 # --- shared ---------------------------------------------------------------------------------------
-
-
-def _batch_count() -> Memory:
-    return Memory(init=lambda: jnp.int32(0), update=lambda memory, rollout: memory + 1)
 
 
 def _with_memory(objective: Objective, memory: Memory) -> Objective:
