@@ -1,5 +1,6 @@
 """Hundreds of small programs are compiled here: compiling has to be fast, running need not be."""
 
+import collections
 import importlib.metadata
 import os
 
@@ -16,10 +17,30 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 os.environ["XLA_FLAGS"] = flags.strip()
 
 
+SLOW_FILES = ("test_experiments_", "test_pretrained_live")
+SLOW_TESTS = ("killed_ten_times",)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--brief", action="store_true", help="at most two cases of each parametrised test"
+    )
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Marks what runs experiments; puts the one test of minutes first, so that no worker waits."""
+def pytest_collection_modifyitems(config, items):
+    """Marks what runs whole experiments, or beside a peer; keeps few cases if asked to."""
     for item in items:
-        if item.path.name.startswith("test_experiments_"):
+        if item.path.name.startswith(SLOW_FILES) or any(name in item.name for name in SLOW_TESTS):
             item.add_marker("slow")
-    items.sort(key=lambda item: "killed_ten_times" not in item.nodeid)
+    # The one test of minutes comes first, so that no worker waits for another.
+    items.sort(key=lambda item: "killed_ten_times" not in item.name)
+    if config.getoption("brief"):
+        cases = collections.Counter()
+        kept, left = [], []
+        for item in items:
+            test = item.nodeid.split("[")[0]
+            cases[test] += 1
+            (kept if cases[test] <= 2 else left).append(item)
+        items[:] = kept
+        config.hook.pytest_deselected(items=left)

@@ -2,12 +2,8 @@
 
 import functools
 import itertools
-import json
-import os
-import subprocess
-import sys
-import textwrap
 
+import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -526,8 +522,7 @@ def test_more_errors():
         shaped(mask, x, beta=0.1)
 
 
-EIGHT_DEVICES = textwrap.dedent(
-    """
+EIGHT_DEVICES = """
     import functools, json
     import jax, jax.numpy as jnp, numpy as np
     from jax.sharding import NamedSharding, PartitionSpec as P
@@ -558,25 +553,10 @@ EIGHT_DEVICES = textwrap.dedent(
     compare("dense_ids", segments.dense_ids, ids * 7 - 20)
     compare("first_rows", segments.first_rows, ids)
     compare("maximum", functools.partial(segments.maximum, num_segments=9), np.nan_to_num(r), ids)
-    print("RESULT" + json.dumps(off))
+    print(json.dumps(off))
     """
-)
 
 
 def test_eight_devices():
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", EIGHT_DEVICES],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    off = json.loads(done.stdout.split("RESULT")[1])
+    off = devices.run(EIGHT_DEVICES)
     assert len(off) == 9 and all(error < 2e-6 for error in off.values()), off

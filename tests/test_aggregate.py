@@ -1,12 +1,8 @@
 """Reductions: explicit loops, weights, microbatches, devices."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
-import textwrap
 
+import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -250,8 +246,7 @@ def test_more_errors():
         aggregate.masked_mean(x, mask[:1])
 
 
-EIGHT_DEVICES = textwrap.dedent(
-    """
+EIGHT_DEVICES = """
     import functools, json
     import jax, jax.numpy as jnp, numpy as np
     from jax.sharding import NamedSharding, PartitionSpec as P
@@ -311,27 +306,12 @@ EIGHT_DEVICES = textwrap.dedent(
         assert share[0] == 0  # a device without tokens has no share
         name = getattr(f, "__name__", "constant_length")
         out[name] = {"off": off, "scale": float(np.max(np.abs(gradient)))}
-    print("RESULT" + json.dumps(out))
+    print(json.dumps(out))
     """
-)
 
 
 def test_eight_devices():
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", EIGHT_DEVICES],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.split("RESULT")[1])
+    result = devices.run(EIGHT_DEVICES)
     assert set(result) == set(REDUCTIONS)
     for name, found in result.items():
         assert found["scale"] > 1e-3

@@ -13,6 +13,7 @@ import time
 import warnings
 from typing import NamedTuple
 
+import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -450,14 +451,6 @@ def test_state_is_readable_with_orbax_alone(tmp_path):
     assert set(tree) == {"w", "step"} and (np.asarray(tree["w"]) == 1).all()
 
 
-def environment(devices=1):
-    return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
-
-
 SAVE_FOR_EVER = textwrap.dedent(
     """
     import sys, warnings
@@ -491,7 +484,7 @@ def test_sigkill_in_the_middle_of_saves(tmp_path):
     for _ in range(4):
         process = subprocess.Popen(
             [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)],
-            env=environment(),
+            env=devices.environment(1),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -541,7 +534,7 @@ def test_leaving_without_close_ends_with_complete_checkpoints(tmp_path):
     code = SAVE_FOR_EVER.replace("while True:", "for _ in range(3):")
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
-        env=environment(),
+        env=devices.environment(1),
         capture_output=True,
         text=True,
         timeout=60,
@@ -621,7 +614,7 @@ OTHER_MESH = textwrap.dedent(
 def test_restores_into_another_mesh(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", OTHER_MESH, str(tmp_path)],
-        env=environment(8),
+        env=devices.environment(8),
         capture_output=True,
         text=True,
         timeout=120,
@@ -694,7 +687,7 @@ def test_two_processes(tmp_path):
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", TWO_PROCESSES, str(rank), port, str(tmp_path / "run")],
-            env=environment(2),
+            env=devices.environment(2),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

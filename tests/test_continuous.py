@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
 import re
-import subprocess
-import sys
-import textwrap
 
+import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -273,8 +269,7 @@ def test_other_settings_reuse_the_program_and_it_works_inside_jit():
 
 def test_sharded_parameters_shard_the_cache_and_change_no_token():
     code = """
-        import json, sys
-        sys.path.insert(0, "tests")
+        import json
         import jax
         from pgjax import parallel, sampling
         from pgjax.sampling import continuous, draw
@@ -301,17 +296,7 @@ def test_sharded_parameters_shard_the_cache_and_change_no_token():
             "whole": text.count("f32[1,5,2,17,4]"), "half": text.count("f32[1,5,1,17,4]"),
         }))
     """
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        cwd=os.path.dirname(os.path.dirname(__file__)),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    found = devices.run(code)
     np.testing.assert_array_equal(found["tokens"], plain(build(num_kv_heads=2)).tokens)
     assert found["half"] > 0 and found["whole"] == 0  # each device holds its own heads' keys
 

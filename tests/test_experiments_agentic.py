@@ -7,13 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import empg_chain, lazy_kernel, multiturn_guide, trloo_bias
+from experiments import empg_chain, lazy_kernel, multiturn_budget, multiturn_guide, trloo_bias
+from experiments.shared import quest
 from pgjax.diagnostics import problems
 from pgjax.envs import textquest
 from pgjax.sampling import multiturn
 
 
-@pytest.mark.parametrize("module", [trloo_bias, lazy_kernel, empg_chain, multiturn_guide])
+@pytest.mark.parametrize(
+    "module",
+    [trloo_bias, lazy_kernel, empg_chain, multiturn_guide, multiturn_budget],
+)
 def test_a_quick_run_writes_its_files(module, tmp_path):
     assert module.main(["--quick", "--out", str(tmp_path)]) in (0, 1)
     found = json.loads((tmp_path / "results.json").read_text())
@@ -44,14 +48,34 @@ def test_the_chains_success_is_exact(lost):
 
 
 def test_the_sampler_and_the_learner_agree_on_every_token():
-    params = multiturn_guide.init(jax.random.key(0), 8)
+    params = quest.init(jax.random.key(0), 8)
     params["head"] = 20 * params["head"]
-    record, groups = multiturn_guide.episodes(
-        multiturn_guide.EASY, params, jax.random.key(1), tasks=4, group_size=3
-    )
+    record, groups = quest.episodes(quest.EASY, params, jax.random.key(1), tasks=4, group_size=3)
     rollout = multiturn.flatten_turns(**record, group_ids=groups, eos=textquest.EOS)
-    found = multiturn_guide.outputs(params, rollout, frozenset({"values"}))
+    found = quest.outputs(params, rollout, frozenset({"values"}))
     np.testing.assert_allclose(found.logprobs, rollout.behavior_logprobs, atol=1e-5)
     lengths = np.asarray(record["action_lengths"])
     assert {2, 3} <= set(lengths.ravel())
     multiturn.check_turns(rollout)
+
+
+def test_demonstrations_finish_the_quest_and_mask_what_was_observed():
+    rows = quest.demonstrate(quest.EASY, jax.random.key(0), 6)
+    words = textquest.COMMAND_LENGTH * quest.EASY.max_turns
+    counts = np.asarray(rows.mask.sum(1))
+    assert (counts % textquest.COMMAND_LENGTH == 0).all() and (counts >= 6).all()
+    assert (counts < words).all()  # every quest ended before the turns did
+    chosen = np.asarray(rows.tokens)[np.asarray(rows.mask)].reshape(-1, textquest.COMMAND_LENGTH)
+    assert set(chosen[:, 0]) <= {textquest.GO, textquest.TAKE, textquest.PUT}
+    assert (chosen[:, 2] == textquest.EOS).all()
+
+
+def test_a_budget_is_split_and_never_exceeded():
+    config = multiturn_budget.Config()
+    batch = config.tasks * config.group_size
+    for share in config.shares:
+        bought, updates = multiturn_budget.split(config, share)
+        spent = bought * config.demonstration_cost + updates * batch
+        assert 0 <= config.updates * batch - spent < batch + config.demonstration_cost
+    with pytest.raises(ValueError, match="shares"):
+        multiturn_budget.Config(shares=(0.0, 1.5))

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
-import os
 import re
-import subprocess
-import sys
-import textwrap
 
+import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -276,8 +272,7 @@ def test_adapters_learn_what_they_are_rewarded_for():
     assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 1.0
 
 
-EIGHT_DEVICES = textwrap.dedent(
-    """
+EIGHT_DEVICES = """
     import json
     import jax, jax.numpy as jnp, numpy as np, optax
     import pgjax as pg
@@ -343,24 +338,10 @@ EIGHT_DEVICES = textwrap.dedent(
     out["moved"] = min(jax.tree.leaves(moved))
     print(json.dumps(out))
     """
-)
-
-
-def on_eight_devices(script):
-    env = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_sharded_training_equals_unsharded():
-    out = on_eight_devices(EIGHT_DEVICES)
+    out = devices.run(EIGHT_DEVICES)
     assert max(out["differences"]) < 2e-5 < 1e-2 < out["moved"]
     np.testing.assert_allclose(out["losses"], out["losses"][0], atol=1e-5)
     for specs in out["specs"]:

@@ -1,11 +1,6 @@
 """Meshes and shardings. Those of many devices run in a process with eight virtual ones."""
 
-import json
-import os
-import subprocess
-import sys
-import textwrap
-
+import devices
 import jax
 import numpy as np
 import pytest
@@ -100,8 +95,7 @@ def test_shardings_like_errors():
         parallel.shardings_like({}, {"w": np.zeros(2)}, {"v": parallel.replicated(mesh)})
 
 
-EIGHT_DEVICES = textwrap.dedent(
-    """
+EIGHT_DEVICES = """
     import json, warnings
     warnings.simplefilter("error")
     import jax, jax.numpy as jnp, numpy as np, optax
@@ -201,21 +195,11 @@ EIGHT_DEVICES = textwrap.dedent(
                          float(time_major["r"].sum())]
     print(json.dumps(out))
     """
-)
 
 
 @pytest.fixture(scope="module")
 def eight():
-    env = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", EIGHT_DEVICES], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return devices.run(EIGHT_DEVICES)
 
 
 def test_mesh_shapes(eight):

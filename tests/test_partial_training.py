@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
 import re
-import subprocess
-import sys
-import textwrap
 from typing import NamedTuple
 
+import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -308,8 +304,7 @@ def test_checkpoints_hold_the_trained_part_and_restore_into_it(tmp_path):
     assert sum(np.size(x) for x in jax.tree.leaves(stored)) == 3 * count + 4
 
 
-EIGHT_DEVICES = textwrap.dedent(
-    """
+EIGHT_DEVICES = """
     import json
     import jax, jax.numpy as jnp, numpy as np, optax
     import pgjax as pg
@@ -352,19 +347,9 @@ EIGHT_DEVICES = textwrap.dedent(
         "compilations": compilations,
     }))
     """
-)
 
 
 def test_sharded_partial_training_equals_unsharded():
-    env = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", EIGHT_DEVICES], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    out = json.loads(done.stdout.splitlines()[-1])
+    out = devices.run(EIGHT_DEVICES)
     assert out["difference"] < 2e-5
     assert out["spec"] == "(None, 'fsdp', 'tensor')" and out["compilations"] == 1

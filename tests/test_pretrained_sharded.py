@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 import socket
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
+import devices
 import jax
 import numpy as np
 import pytest
@@ -17,8 +13,6 @@ from golden import cases, make
 
 from experiments.benchmarks import checkpoint_loading
 from pgjax.models import pretrained
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -30,31 +24,6 @@ def directories(tmp_path_factory):
         golden = cases.read(case)
         make.write(out[case], golden["config"], golden["shapes"])
     return out
-
-
-def run(code, *arguments, devices=1, processes=1):
-    """The last line each process printed, as JSON; `code` finds its arguments in `sys.argv`."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0",
-        "PYTHONPATH": str(ROOT),
-    }
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments), str(process)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for process in range(processes)
-    ]
-    outputs = [process.communicate(timeout=300) for process in running]
-    for process, (_, errors) in zip(running, outputs, strict=True):
-        assert process.returncode == 0, errors
-    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
 
 
 EIGHT_DEVICES = """
@@ -90,7 +59,7 @@ EIGHT_DEVICES = """
 
 @pytest.mark.parametrize("case", ["llama", "qwen3_moe", "gpt_oss", "gpt2"])
 def test_eight_devices_hold_what_one_does(case, directories, tmp_path):
-    (out,) = run(EIGHT_DEVICES, directories[case], tmp_path / "out", devices=8)
+    out = devices.run(EIGHT_DEVICES, directories[case], tmp_path / "out")
     assert out.pop("by layer") == [1] * 8
     assert all(placed and split >= 5 for placed, split in out.values())
     original = (directories[case] / "model.safetensors").read_bytes()
@@ -126,7 +95,7 @@ def test_two_processes_load_and_save_together(directories, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     source, target = directories["qwen3_moe"], tmp_path / "out"
-    first, second = run(TWO_PROCESSES, source, target, port, devices=2, processes=2)
+    first, second = devices.run_each(TWO_PROCESSES, source, target, port, processes=2, devices=2)
     assert first["shards"] == second["shards"] == [[64, 8], [64, 8]]
     assert first["error"].startswith("FileExistsError")
     assert second["error"].startswith("RuntimeError: save: the first process could not write")

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
-import os
-import subprocess
-import sys
-import textwrap
 
+import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -324,8 +320,7 @@ def test_bad_input_is_named():
         quantization.int8(quantization.int8(params))
 
 
-EIGHT_DEVICES = textwrap.dedent(
-    """
+EIGHT_DEVICES = """
     import json
     import jax, jax.numpy as jnp, numpy as np
     from pgjax import models, parallel
@@ -362,20 +357,10 @@ EIGHT_DEVICES = textwrap.dedent(
         }
     print(json.dumps(out))
     """
-)
 
 
 def test_a_sharded_base_is_quantised_where_it_lies():
-    env = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", EIGHT_DEVICES], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    out = json.loads(done.stdout.splitlines()[-1])
+    out = devices.run(EIGHT_DEVICES)
     for name in ("int8", "nf4"):
         assert out[name]["same"] and out[name]["error"] < 1e-4
     split = [None, "fsdp", "tensor"]

@@ -1,9 +1,6 @@
 import itertools
-import os
-import subprocess
-import sys
-import textwrap
 
+import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -675,19 +672,9 @@ def test_sharded_over_two_devices():
         run = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=(split, split), out_specs=split))
         for got, want in zip(jax.tree.leaves(run(x, x > 0)), jax.tree.leaves(f(x, x > 0))):
             np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+        print("true")
     """
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
+    assert devices.run(script, devices=2)
 
 
 # --------------------------------------------------------------------------------------- bad input

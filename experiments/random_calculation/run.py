@@ -26,6 +26,10 @@ class Run:
         # What can be wrong with a command line is said before anything is made.
         self.objective = build.make_objective(config)
         self.mesh = pg.parallel.make_mesh(config.mesh)
+        if config.warmup_from is not None:
+            warmed_up = config.warmup_from / "checkpoints" / "warmed_up"
+            if not warmed_up.is_dir():
+                raise FileNotFoundError(f"warmup_from: no warmed-up model in {warmed_up}")
         self.directory = config.out or next_run()
         runs.claim(self.directory, config)
         self.decoder, self.params = build.make_decoder(config)
@@ -280,10 +284,7 @@ def warmed_up(this: Run) -> Any:
     like = pg.parallel.shard(this.params["decoder"], this.shardings["decoder"])
     source = this.config.warmup_from
     if source is not None:
-        directory = source / "checkpoints" / "warmed_up"
-        if not directory.is_dir():
-            raise FileNotFoundError(f"warmup_from: no warmed-up model in {directory}")
-        with pg.train.checkpoints.open_readonly(directory) as saved:
+        with pg.train.checkpoints.open_readonly(source / "checkpoints" / "warmed_up") as saved:
             return saved.restore(like=like)[0]
     with pg.train.checkpoints.open(this.directory / "checkpoints" / "warmed_up") as saved:
         if saved.latest_step() is not None:
