@@ -35,6 +35,33 @@ def test_power_sums_equal_those_of_the_logits(power):
     want = (dense(hidden, unembedding, 0.7) ** power).sum(-1)
     np.testing.assert_allclose(found[:, 1:], want[:, :-1], rtol=2e-5)
     np.testing.assert_array_equal(found[:, 0], 1.0)
+    known = logprobs.from_hidden(hidden, unembedding, tokens, temperature=0.7)
+    again = logprobs.power_sum(
+        hidden, unembedding, tokens, power=power, temperature=0.7, logprobs=known
+    )
+    np.testing.assert_array_equal(again, found)
+
+
+def test_statistics_cost_the_passes_that_they_state():
+    """In products of hidden states and unembedding, by the compiled program's own count."""
+    shape, features, vocabulary = (4, 128), 64, 4096
+    hidden, unembedding, known = (
+        jax.ShapeDtypeStruct(size, jnp.float32)
+        for size in ((*shape, features), (features, vocabulary), shape)
+    )
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+    mask = jax.ShapeDtypeStruct(shape, jnp.bool_)
+    product = 2 * shape[0] * shape[1] * features * vocabulary
+
+    def passes(function, *arguments):
+        cost = jax.jit(function).lower(hidden, unembedding, tokens, *arguments).compile()
+        return cost.cost_analysis()["flops"] / product
+
+    def power_sum(hidden, unembedding, tokens, known):
+        return logprobs.power_sum(hidden, unembedding, tokens, power=2, logprobs=known)
+
+    assert 1 <= passes(power_sum, known) < 1.1
+    assert 3 <= passes(logprobs.score_features, mask) < 3.2
 
 
 def test_score_features_are_the_mean_pull_on_the_hidden_states():
@@ -184,6 +211,12 @@ def test_errors():
         grpo.prepare(batch(params).replace(extras={"x": jnp.zeros(3)}))
     with pytest.raises(ValueError, match="power: "):
         logprobs.power_sum(jnp.zeros((1, 2, 3)), jnp.zeros((3, 4)), jnp.zeros((1, 2), int), power=0)
+    with pytest.raises(ValueError, match="logprobs"):
+        logprobs.power_sum(
+            *(jnp.zeros((1, 2, 3)), jnp.zeros((3, 4)), jnp.zeros((1, 2), int)),
+            power=2,
+            logprobs=jnp.zeros((1, 3)),
+        )
     with pytest.raises(ValueError, match="mask"):
         logprobs.score_features(
             jnp.zeros((1, 2, 3)), jnp.zeros((3, 4)), jnp.zeros((1, 2), int), jnp.zeros((1, 2))

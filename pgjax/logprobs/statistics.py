@@ -23,33 +23,35 @@ def power_sum(
     *,
     power: int,
     temperature: float = 1.0,
+    logprobs: Float[Array, "B T"] | None = None,
     **options: Any,
 ) -> Float[Array, "B T"]:
     """`Σ_v p(v)^k` of the distribution each token was drawn from, at the token's own index.
 
     With `ℓ_τ` the log-prob of the token at temperature τ, `Σ_v p^k = exp(k ℓ_T - ℓ_{T/k})`: the
     token's own logit cancels. k = 2 is the chance that two draws agree, `exp(-H_2)` with the Rényi
-    entropy of order 2. Costs two forward passes of `from_hidden`.
+    entropy of order 2. Costs two forward passes of `from_hidden`, one where `logprobs` are known:
+    2·B·T·H·V FLOPs each, and the memory of a block of logits.
 
     Args:
       hidden, unembedding, tokens: as `from_hidden`.
       power: k, at least 1.
       temperature: T > 0 of the distribution.
+      logprobs: what `from_hidden` gives for these arguments, if it was computed already.
       **options: further options of `from_hidden`.
 
     Returns:
       f32 `[B, T]` in (0, 1], without gradient; 1 at index 0, where nothing is drawn.
 
     Raises:
-      ValueError: power below 1; as `from_hidden`.
+      ValueError: power below 1; `logprobs` of another shape; as `from_hidden`.
     """
     _checks.in_range("power", power, 1)
-
-    def at(temperature: float) -> Array:
-        return from_hidden(hidden, unembedding, tokens, temperature=temperature, **options)
-
-    log_sum = power * at(temperature) - at(temperature / power)
-    return jax.lax.stop_gradient(jnp.exp(jnp.minimum(log_sum, 0.0)))
+    if logprobs is None:
+        logprobs = from_hidden(hidden, unembedding, tokens, temperature=temperature, **options)
+    _checks.same_shape(tokens=tokens, logprobs=logprobs)
+    sharper = from_hidden(hidden, unembedding, tokens, temperature=temperature / power, **options)
+    return jax.lax.stop_gradient(jnp.exp(jnp.minimum(power * logprobs - sharper, 0.0)))
 
 
 def score_features(
@@ -64,7 +66,9 @@ def score_features(
     """Mean over a sequence's tokens of `φ_t = T ∂ log p(y_t) / ∂h_t = W (e(y_t) - p_t)`.
 
     The direction in which the sequence pulls the last hidden states, so cosines between sequences
-    say how alike their updates are. Costs a forward and a backward pass of `from_hidden`.
+    say how alike their updates are. Costs a forward and a backward pass of `from_hidden` without
+    the unembedding's gradient: 6·B·T·H·V FLOPs, and the memory of a block of logits and of two
+    copies of the hidden states.
 
     Args:
       hidden, unembedding, tokens: as `from_hidden`.

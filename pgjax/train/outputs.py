@@ -78,7 +78,12 @@ def language_model_outputs(
         for name, power in (("square_sum", 2), ("cube_sum", 3)):
             if name in needs:
                 result[name] = logprobs.power_sum(
-                    hidden, unembedding, tokens, power=power, **settings
+                    hidden,
+                    unembedding,
+                    tokens,
+                    power=power,
+                    logprobs=result["logprobs"],
+                    **settings,
                 )
         if "feature_square_norm" in needs:
             norms = jnp.sum(jnp.square(hidden.astype(jnp.float32)), axis=-1)
