@@ -29,7 +29,6 @@ from experiments import capo_diagnostic as task
 from experiments.shared import reproduction, tabular
 from pgjax import objectives
 from pgjax.diagnostics import problems
-from pgjax.objectives import token_selection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Config:
 
 
 def methods(config: Config, factor: float) -> dict[str, pg.Objective]:
-    capo, rate = token_selection.capo, factor * config.base_rate
+    capo, rate = objectives.capo, factor * config.base_rate
     found = {
         "GRPO": objectives.grpo(),
         "narrow clip": objectives.grpo(low=config.narrow, high=config.narrow),

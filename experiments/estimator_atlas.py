@@ -47,6 +47,13 @@ def options_of(name: str, group_size: int) -> dict[str, Any]:
         "canon": {"length": LENGTH},
         "canon_entropy": {"length": LENGTH},
         "capo": {"learning_rate": 0.1, "gain_limit": 0.02, "shift_limit": 2e-3},
+        "capo_adam": {
+            "learning_rate": 0.1,
+            "gain_limit": 0.05,
+            "shift_limit": 2e-3,
+            "vocab_size": 2,
+            "hidden_size": 1,
+        },
         "d3s": {"steps": 100},
         "dr_grpo": {"length": LENGTH},
         "empg": {"steps": token_index},

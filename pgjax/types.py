@@ -7,7 +7,7 @@ A token's log-prob is stored at the token's own index; positions where `mask` is
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 from jaxtyping import Array, Bool, Float, Int
@@ -86,6 +86,20 @@ class Rollout(_Replaceable):
     memory: Any | None = None
 
 
+class TokenSupport(NamedTuple):
+    """The part of the distribution each token was drawn from that is looked at.
+
+    Attributes:
+      probabilities: of the K tokens looked at, out of the whole vocabulary: they sum to at most 1.
+      ids: which tokens these are.
+      chosen: where among them the drawn token is.
+    """
+
+    probabilities: Float[Array, "B T K"]
+    ids: Int[Array, "B T K"]
+    chosen: Int[Array, "B T"]
+
+
 @pytree_dataclass
 class PolicyOutputs(_Replaceable):
     """What the current policy says of a rollout's tokens; fields beyond `logprobs` only on request.
@@ -100,6 +114,7 @@ class PolicyOutputs(_Replaceable):
       feature_square_norm: `‖h‖²` of the hidden state the distribution was computed from.
       score_features: gradient of the sequence's mean log-prob in those hidden states, see
         `logprobs.score_features`.
+      support: the most likely tokens of that distribution, see `logprobs.token_support`.
     """
 
     logprobs: Float[Array, "B T"]
@@ -111,6 +126,7 @@ class PolicyOutputs(_Replaceable):
     cube_sum: Float[Array, "B T"] | None = None
     feature_square_norm: Float[Array, "B T"] | None = None
     score_features: Float[Array, "B H"] | None = None
+    support: TokenSupport | None = None
 
 
 @pytree_dataclass

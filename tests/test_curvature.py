@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pgjax.masks import curvature
+from pgjax.types import TokenSupport
 
 B, T, V, H = 3, 4, 6, 5
 RATE = 0.3
@@ -41,7 +42,7 @@ def dense(hidden, p, tokens, a, direction, rate):
 
 def whole(p, tokens):
     ids = np.broadcast_to(np.arange(p.shape[-1]), p.shape)
-    return curvature.HeadSupport(jnp.asarray(p), jnp.asarray(ids), jnp.asarray(tokens))
+    return TokenSupport(jnp.asarray(p), jnp.asarray(ids), jnp.asarray(tokens))
 
 
 def in_sums(hidden, p, tokens, a, rate=RATE):
@@ -276,7 +277,7 @@ def test_moments_follow_optax(moments):
 def test_memory_stays_below_all_outer_products():
     shape = (8, 64, 16, 128)  # B, T, K, H
     b, t, k, h = shape
-    support = curvature.HeadSupport(
+    support = TokenSupport(
         *(jax.ShapeDtypeStruct((b, t, k), x) for x in (jnp.float32, jnp.int32)),
         jax.ShapeDtypeStruct((b, t), jnp.int32),
     )

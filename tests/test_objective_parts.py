@@ -60,8 +60,38 @@ def test_statistics_cost_the_passes_that_they_state():
     def power_sum(hidden, unembedding, tokens, known):
         return logprobs.power_sum(hidden, unembedding, tokens, power=2, logprobs=known)
 
+    def support(hidden, unembedding, tokens, known):
+        return logprobs.token_support(hidden, unembedding, tokens, size=8, logprobs=known)
+
     assert 1 <= passes(power_sum, known) < 1.1
+    assert 1 <= passes(support, known) < 1.1
     assert 3 <= passes(logprobs.score_features, mask) < 3.2
+
+
+@pytest.mark.parametrize("options", [{}, {"block_size": 7}, {"vocab_axis": 0, "soft_cap": 2.0}])
+def test_supports_are_the_likeliest_tokens_and_the_drawn_one(options):
+    rng = np.random.default_rng(4)
+    hidden = jnp.asarray(rng.normal(size=(2, 6, 8)), jnp.float32)
+    unembedding = jnp.asarray(rng.normal(size=(8, 23)), jnp.float32)
+    tokens = rng.integers(0, 23, (2, 6))
+    table = unembedding.T if options.get("vocab_axis") == 0 else unembedding
+    found = logprobs.token_support(hidden, table, tokens, size=5, temperature=0.7, **options)
+    logits = np.asarray(hidden) @ np.asarray(unembedding)
+    if "soft_cap" in options:
+        logits = 2.0 * np.tanh(logits / 2.0)
+    p = np.asarray(jax.nn.softmax(logits / 0.7, axis=-1))
+    replaced = 0
+    for b in range(2):
+        for t in range(1, 6):
+            want = list(np.argsort(-p[b, t - 1])[:5])
+            if tokens[b, t] not in want:
+                want[-1], replaced = tokens[b, t], replaced + 1
+            np.testing.assert_array_equal(found.ids[b, t], want)
+            np.testing.assert_allclose(found.probabilities[b, t], p[b, t - 1][want], rtol=1e-5)
+            assert found.ids[b, t, found.chosen[b, t]] == tokens[b, t]
+    assert 0 < replaced < 10 and not found.probabilities[:, 0].any()
+    with pytest.raises(ValueError, match="size"):
+        logprobs.token_support(hidden, unembedding, tokens, size=24)
 
 
 def test_score_features_are_the_mean_pull_on_the_hidden_states():
@@ -107,8 +137,10 @@ def test_a_decoder_gives_them_too():
         {"decoder": params}, rollout, needs
     )
     for name in sorted(needs):
-        np.testing.assert_allclose(
-            getattr(packed, name), getattr(plain, name), atol=1e-4, err_msg=name
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, atol=1e-4, err_msg=name),
+            getattr(packed, name),
+            getattr(plain, name),
         )
 
 
@@ -167,6 +199,19 @@ def test_memory_is_saved_with_the_run(tmp_path):
         saved.save(1, state, {})
         restored, _ = saved.restore(like=state)
     np.testing.assert_array_equal(restored.memory["mean"], state.memory["mean"])
+
+
+def test_a_memory_may_begin_with_one_array_twice():
+    zeros = jnp.zeros(3)
+    memory = objectives.Memory(lambda: (zeros, zeros), lambda old, rollout: (old[0] + 1, old[1]))
+    objective = dataclasses.replace(objectives.grpo(), memory=memory)
+    update = train.make_update(OUTPUTS, objective, optax.sgd(0.1))
+    params = jnp.zeros((2, 4))
+    for _ in range(2):  # each update donates the state it is given
+        given = batch(params)
+        state = train.init(jnp.copy(params), optax.sgd(0.1), jax.random.key(0), objective=objective)
+        state, _ = update(state, given)
+    np.testing.assert_array_equal(state.memory, [[1.0] * 3, [0.0] * 3])
 
 
 def in_groups():

@@ -296,7 +296,7 @@ GRPO = objectives.grpo(epsilon=1e-4)
 
 
 def test_capo_without_limits_is_grpo_bit_for_bit():
-    free = selection.capo(learning_rate=0.1, gain_limit=jnp.inf, shift_limit=jnp.inf)
+    free = objectives.capo(learning_rate=0.1, gain_limit=jnp.inf, shift_limit=jnp.inf)
     assert_same(outcome(free, rollout()), outcome(GRPO, rollout()))
 
 
@@ -312,7 +312,7 @@ def losses_of(prepared):
 
 def test_capo_rejects_tokens_beyond_the_limit_and_averages_over_the_rest():
     limit = 0.02
-    objective = selection.capo(learning_rate=0.5, gain_limit=jnp.inf, shift_limit=limit)
+    objective = objectives.capo(learning_rate=0.5, gain_limit=jnp.inf, shift_limit=limit)
     prepared, memory, loss, _ = outcome(objective, rollout())
     shift = numpy_shift(rollout(), np.asarray(prepared.advantages), 0.5)
     accepted = np.asarray(rollout().mask) & (shift < limit)
@@ -324,7 +324,7 @@ def test_capo_rejects_tokens_beyond_the_limit_and_averages_over_the_rest():
 
 
 def test_capo_limits_the_gain_too():
-    tight = selection.capo(learning_rate=0.5, gain_limit=0.05, shift_limit=jnp.inf)
+    tight = objectives.capo(learning_rate=0.5, gain_limit=0.05, shift_limit=jnp.inf)
     kept = np.asarray(outcome(tight, rollout())[0].mask)
     assert 0 < kept.sum() < rollout().mask.sum()
     without = rollout().replace(rewards=jnp.zeros(12))
@@ -332,7 +332,7 @@ def test_capo_limits_the_gain_too():
 
 
 def test_capo_with_everything_rejected_learns_nothing():
-    objective = selection.capo(learning_rate=1.0, gain_limit=1e-9, shift_limit=1e-9)
+    objective = objectives.capo(learning_rate=1.0, gain_limit=1e-9, shift_limit=1e-9)
     given = rollout().replace(rewards=jnp.tile(jnp.array([0.0, 1.0, 2.0, 4.0]), 3))
     prepared, memory, loss, gradient = outcome(objective, given)
     assert not prepared.mask.any() and loss == 0 and not gradient.any()
@@ -347,11 +347,81 @@ def test_capo_follows_a_schedule_and_a_temperature():
         "schedule": {"learning_rate": optax.linear_schedule(0.0, 0.5, 10)},
         "cooler": {"learning_rate": 1.0, "temperature": 2.0},
     }.items():
-        objective = selection.capo(gain_limit=jnp.inf, shift_limit=0.01, **options)
+        objective = objectives.capo(gain_limit=jnp.inf, shift_limit=0.01, **options)
         kept[name] = outcome(objective, given.replace(memory=jnp.int32(5)))[0].mask
     assert 0 < kept["constant"].sum() < given.mask.sum()
     np.testing.assert_array_equal(kept["constant"], kept["schedule"])
     np.testing.assert_array_equal(kept["constant"], kept["cooler"])  # n / T² and η: alike
+
+
+# --- CAPO with Adam's steps -----------------------------------------------------------------------
+
+FREE = {"gain_limit": jnp.inf, "shift_limit": jnp.inf}
+ADAM = {"vocab_size": ACTIONS, "hidden_size": 1}
+
+
+def test_capo_adam_without_limits_is_grpo_bit_for_bit():
+    free = objectives.capo_adam(learning_rate=0.1, **FREE, **ADAM)
+    prepared, memory, *rest = outcome(free, rollout())
+    want, _, *others = outcome(GRPO, rollout())
+    assert_same((prepared, None, *rest), (want, None, *others))
+    assert memory.steps == memory.moments.steps == 1
+
+
+def numpy_capo_adam(given, advantages, moments, rate, limits):
+    """Accepted tokens and the moments after them, by a loop over tokens; a bias is the head."""
+    mean, square, n = moments
+    p = np.asarray(jax.nn.softmax(PROBLEM.logits(PARAMS, given.tokens)), float)
+    accepted, total = np.zeros(given.mask.shape, bool), np.zeros(ACTIONS)
+    for i, t in zip(*np.nonzero(np.asarray(given.mask)), strict=True):
+        v = np.eye(ACTIONS)[given.tokens[i, t]] - p[i, t]
+        g = advantages[i] * v
+        first = (0.9 * mean + 0.1 * g) / (1 - 0.9 ** (n + 1))
+        second = (0.999 * square + 0.001 * g**2) / (1 - 0.999 ** (n + 1))
+        u = first / (np.sqrt(second) + 1e-8)
+        spread = p[i, t] @ u**2 - (p[i, t] @ u) ** 2
+        gain = rate * g @ u + rate**2 / 2 * advantages[i] * ((v @ u) ** 2 - spread)
+        shift = rate**2 / 2 * (v @ u) ** 2
+        if abs(gain) < limits[0] and shift < limits[1]:
+            accepted[i, t] = True
+            total += g
+    gradient = total / max(accepted.sum(), 1)
+    after = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2, n + 1
+    return accepted, after
+
+
+@pytest.mark.parametrize("limits", [(np.inf, 1e-3), (0.05, np.inf)])
+def test_capo_adam_plans_adams_steps_batch_after_batch(limits):
+    objective = objectives.capo_adam(
+        learning_rate=0.05, gain_limit=limits[0], shift_limit=limits[1], **ADAM
+    )
+    moments, memory = (np.zeros(ACTIONS), np.zeros(ACTIONS), 0), None
+    for seed in range(3):
+        prepared, memory, _, _ = outcome(objective, rollout(seed).replace(memory=memory))
+        accepted, moments = numpy_capo_adam(
+            rollout(seed), np.asarray(prepared.advantages, float), moments, 0.05, limits
+        )
+        np.testing.assert_array_equal(prepared.mask, accepted)
+        assert 0 < accepted.sum() < rollout(seed).mask.sum()
+        np.testing.assert_allclose(memory.moments.mean[:, 0], moments[0], rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(memory.moments.square[:, 0], moments[1], rtol=1e-4, atol=1e-9)
+        assert memory.steps == memory.moments.steps == seed + 1
+
+
+def test_capo_adam_with_everything_rejected_keeps_its_moments():
+    objective = objectives.capo_adam(learning_rate=1.0, gain_limit=1e-12, shift_limit=1e-12, **ADAM)
+    given = rollout().replace(rewards=jnp.tile(jnp.array([0.0, 1.0, 2.0, 4.0]), 3))
+    prepared, memory, loss, gradient = outcome(objective, given)
+    assert not prepared.mask.any() and loss == 0 and not gradient.any()
+    assert memory.steps == 1 and memory.moments.steps == 0 and not memory.moments.mean.any()
+
+
+def test_capo_adam_needs_a_head_of_its_size():
+    wrong = objectives.capo_adam(learning_rate=0.1, vocab_size=ACTIONS, hidden_size=4)
+    with pytest.raises(ValueError, match="moments: expected 1 features"):
+        wrong.prepare(rollout())
+    with pytest.raises(ValueError, match="shift_limit"):
+        objectives.capo_adam(learning_rate=0.1, shift_limit=0.0, **ADAM)
 
 
 # --- all ------------------------------------------------------------------------------------------
@@ -359,7 +429,10 @@ def test_capo_follows_a_schedule_and_a_temperature():
 RECIPES = {
     "d3s": D3S,
     "gtpo": GTPO,
-    "capo": selection.capo(learning_rate=0.5, shift_limit=0.02, gain_limit=0.2),
+    "capo": objectives.capo(learning_rate=0.5, shift_limit=0.02, gain_limit=0.2),
+    "capo_adam": objectives.capo_adam(
+        learning_rate=0.05, shift_limit=4e-3, gain_limit=0.07, **ADAM
+    ),
 }
 
 
@@ -407,7 +480,7 @@ def test_errors():
         {"learning_rate": 0.0},
     ):
         with pytest.raises(ValueError, match=next(iter(options))):
-            selection.capo(**{"learning_rate": 0.1, **options})
+            objectives.capo(**{"learning_rate": 0.1, **options})
     for objective in RECIPES.values():
         with pytest.raises(ValueError, match=r"rollout.old\."):
             objective.prepare(rollout().replace(old=None))

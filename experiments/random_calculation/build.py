@@ -29,6 +29,8 @@ def make_objective(config: Config) -> pg.Objective:
             "group_size": config.rl.samples,
             "steps": config.rl.steps,
             "learning_rate": config.rl.learning_rate,
+            "vocab_size": task.VOCAB_SIZE,
+            "hidden_size": config.model.hidden_size,
         },
     )
 

@@ -14,8 +14,8 @@ import pgjax as pg
 # facts that only a task of one's own can give.
 ObjectiveName = Literal[
     "grpo", "dr_grpo", "dapo", "gspo", "cispo", "lite_ppo", "ppo", "rloo", "reinforce",
-    "reinforce_pp", "adora", "canon", "canon_entropy", "capo", "copo", "d3s", "disco", "disco_b",
-    "disco_ratio", "g2rl", "gtpo", "minirl", "oblr", "polychromic", "stratified_grpo",
+    "reinforce_pp", "adora", "canon", "canon_entropy", "capo", "capo_adam", "copo", "d3s", "disco",
+    "disco_b", "disco_ratio", "g2rl", "gtpo", "minirl", "oblr", "polychromic", "stratified_grpo",
 ]  # fmt: skip
 _EXAMPLES = {"alpha": "0.8"}  # of options that no run knows
 AggregateName = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum"]
@@ -32,7 +32,8 @@ def make_objective(
       aggregate: a reduction of `pgjax.aggregate` instead of the recipe's own; None: grpo gets
         `token_mean`, as most code has it today, the others keep theirs.
       known: what the run knows itself, for options that a recipe requires: `length` and
-        `max_length` in tokens, `group_size`, `steps`, `learning_rate`.
+        `max_length` in tokens, `group_size`, `steps`, `learning_rate`, and where the model is
+        known `vocab_size` and `hidden_size`.
 
     Raises:
       ValueError: an option that is no `name=value`, that the recipe does not have, or that it

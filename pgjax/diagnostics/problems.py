@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from pgjax import _checks
-from pgjax.types import PolicyOutputs, Rollout
+from pgjax.types import PolicyOutputs, Rollout, TokenSupport
 
 NOBODY, POLICY, NATURE = 0, 1, 2
 MAX_SEQUENCES = 200_000
@@ -89,8 +89,8 @@ def outputs(problem: TokenProblem, params: Any, rollout: Rollout, needs: frozens
     """What the policy says of a rollout's tokens: an outputs function for `train.make_update`.
 
     Bind the problem with `functools.partial`. The policy's logits count as a linear head without a
-    basis, so `score_features` is the mean of `e(y_t) - p_t` over a sequence's tokens and
-    `feature_square_norm` is 1. `values` are 0.
+    basis, so `score_features` is the mean of `e(y_t) - p_t` over a sequence's tokens, `features`
+    are a single 1 and `feature_square_norm` is 1. The `support` is all actions. `values` are 0.
     """
     logits = problem.logits(params, rollout.tokens)
     logprobs = jax.nn.log_softmax(logits)
@@ -100,7 +100,7 @@ def outputs(problem: TokenProblem, params: Any, rollout: Rollout, needs: frozens
     def masked(x: Array) -> Array:
         return jnp.where(mask, x, 0.0)
 
-    found: dict[str, Array] = {
+    found: dict[str, Any] = {
         "logprobs": masked(
             jnp.take_along_axis(logprobs, rollout.tokens[..., None], axis=-1)[..., 0]
         )
@@ -116,6 +116,11 @@ def outputs(problem: TokenProblem, params: Any, rollout: Rollout, needs: frozens
         one_hot = jax.nn.one_hot(rollout.tokens, problem.num_actions, dtype=probabilities.dtype)
         total = jnp.sum(jnp.where(mask[..., None], one_hot - probabilities, 0.0), axis=1)
         found["score_features"] = total / jnp.maximum(mask.sum(-1, keepdims=True), 1)
+    if "features" in needs:
+        found["features"] = jnp.ones((*mask.shape, 1), probabilities.dtype)
+    if "support" in needs:
+        ids = jnp.broadcast_to(jnp.arange(problem.num_actions), probabilities.shape)
+        found["support"] = TokenSupport(probabilities, ids, rollout.tokens)
     if "values" in needs:
         found["values"] = jnp.zeros_like(found["logprobs"])
     return PolicyOutputs(**found)

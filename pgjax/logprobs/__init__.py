@@ -15,6 +15,7 @@ from pgjax.logprobs.hidden import from_hidden, from_hidden_with_entropy
 from pgjax.logprobs.logits import entropy_from_logits, from_logits
 from pgjax.logprobs.sequences import sequence, sequence_mean, shift_right, where_mask
 from pgjax.logprobs.statistics import power_sum, score_features
+from pgjax.logprobs.support import token_support
 
 __all__ = [
     "entropy_from_logits",
@@ -31,5 +32,6 @@ __all__ = [
     "sequence",
     "sequence_mean",
     "shift_right",
+    "token_support",
     "where_mask",
 ]

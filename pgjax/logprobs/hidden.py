@@ -144,6 +144,26 @@ def _from_hidden(
     *,
     entropy: bool,
 ) -> tuple[Array, Array]:
+    static = _checked(hidden, unembedding, tokens, soft_cap, vocab_axis, block_size, entropy)
+    targets, vocabulary = next_tokens(jnp.asarray(tokens)), unembedding.shape[vocab_axis]
+    accumulator = jnp.promote_types(_operand_dtype(hidden, unembedding), jnp.float32)
+    temperature = jnp.asarray(constant_temperature(temperature), accumulator)
+    arrays = _equally_varying(jnp.asarray(hidden), jnp.asarray(unembedding), targets, temperature)
+    logprobs, entropies = _blockwise(static, *arrays)
+    valid = (targets >= 0) & (targets < vocabulary)
+    return shift_right(jnp.where(valid, logprobs, jnp.nan)), shift_right(entropies)
+
+
+def _checked(
+    hidden: Array,
+    unembedding: Array,
+    tokens: Array,
+    soft_cap: float | None,
+    vocab_axis: int,
+    block_size: int | None,
+    entropy: bool,
+) -> _Static:
+    """The options, if they and the arrays are sound."""
     _checks.rank("hidden", hidden, 3)
     _checks.rank("unembedding", unembedding, 2)
     _checks.rank("tokens", tokens, 2)
@@ -165,15 +185,7 @@ def _from_hidden(
         block_size = _default_block(math.prod(tokens.shape), features)
     if block_size < 1:
         raise ValueError(f"block_size: expected at least 1, got {block_size}")
-
-    targets = next_tokens(jnp.asarray(tokens))
-    static = _Static(min(int(block_size), vocabulary), vocab_axis, soft_cap, entropy)
-    accumulator = jnp.promote_types(_operand_dtype(hidden, unembedding), jnp.float32)
-    temperature = jnp.asarray(constant_temperature(temperature), accumulator)
-    arrays = _equally_varying(jnp.asarray(hidden), jnp.asarray(unembedding), targets, temperature)
-    logprobs, entropies = _blockwise(static, *arrays)
-    valid = (targets >= 0) & (targets < vocabulary)
-    return shift_right(jnp.where(valid, logprobs, jnp.nan)), shift_right(entropies)
+    return _Static(min(int(block_size), vocabulary), vocab_axis, soft_cap, entropy)
 
 
 def _default_block(rows: int, features: int) -> int:

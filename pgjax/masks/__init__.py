@@ -8,7 +8,6 @@ current policy and act inside a surrogate; selection masks depend on the whole b
 from pgjax.masks.conflict import Conflicts, conflict_tokens, conflict_weights
 from pgjax.masks.curvature import (
     Curvature,
-    HeadSupport,
     ShadowAdam,
     adam_direction,
     curvature_mask,
@@ -48,7 +47,6 @@ from pgjax.masks.trust_region import dual_clip, ppo_clip
 __all__ = [
     "Conflicts",
     "Curvature",
-    "HeadSupport",
     "ShadowAdam",
     "adam_direction",
     "bernoulli_mask",

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pgjax import _checks
+from pgjax.types import TokenSupport
 
 Direction = Callable[[Float[Array, "B K H"], Int[Array, "B K"]], Float[Array, "B K H"]]
 
@@ -31,20 +32,6 @@ class Curvature(NamedTuple):
 
     gain: Float[Array, "B T"]
     shift: Float[Array, "B T"]
-
-
-class HeadSupport(NamedTuple):
-    """The part of each token's distribution that is looked at.
-
-    Attributes:
-      probabilities: of the tokens looked at, out of the whole vocabulary: they sum to at most 1.
-      ids: which tokens these are.
-      chosen: where among them the drawn token is.
-    """
-
-    probabilities: Float[Array, "B T K"]
-    ids: Int[Array, "B T K"]
-    chosen: Int[Array, "B T"]
 
 
 class ShadowAdam(NamedTuple):
@@ -118,7 +105,7 @@ def head_curvature_sgd(
 def head_curvature(
     direction: Direction,
     hidden: Float[Array, "B T H"],
-    support: HeadSupport,
+    support: TokenSupport,
     advantages: Float[Array, " B"] | Float[Array, "B T"],
     *,
     learning_rate: float | Float[Array, ""],
@@ -258,8 +245,8 @@ def shadow_adam_init(num_rows: int, size: int) -> ShadowAdam:
     """
     _checks.in_range("num_rows", num_rows, 1)
     _checks.in_range("size", size, 1)
-    zeros = jnp.zeros((num_rows, size), jnp.float32)
-    return ShadowAdam(zeros, zeros, jnp.int32(0))
+    shape = (num_rows, size)  # two arrays: a step that donates them takes each once
+    return ShadowAdam(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.int32(0))
 
 
 def shadow_adam_update(
@@ -296,12 +283,14 @@ def shadow_adam_update(
         moments.steps + 1,
     )
     any_accepted = jnp.any(accepted)
-    return jax.tree.map(lambda new, old: jnp.where(any_accepted, new, old), stepped, moments)
+    return jax.tree.map(
+        lambda new, old: jnp.where(any_accepted, new, old).astype(old.dtype), stepped, moments
+    )
 
 
 def head_gradient(
     hidden: Float[Array, "B T H"],
-    support: HeadSupport,
+    support: TokenSupport,
     advantages: Float[Array, " B"] | Float[Array, "B T"],
     accepted: Bool[Array, "B T"],
     *,
@@ -339,7 +328,7 @@ def head_gradient(
 
 def head_support(
     logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], *, size: int
-) -> HeadSupport:
+) -> TokenSupport:
     """The `size` most likely tokens; the drawn one takes the last place if it is not among them.
 
     Args:
@@ -366,7 +355,7 @@ def head_support(
     drawn = jnp.asarray(tokens)[..., None]
     inside = jnp.any(ids == drawn, axis=-1, keepdims=True)
     ids = jnp.where(~inside & (jnp.arange(size) == size - 1), drawn, ids)
-    return HeadSupport(
+    return TokenSupport(
         jnp.take_along_axis(probabilities, ids, axis=-1), ids, jnp.argmax(ids == drawn, axis=-1)
     )
 
@@ -389,7 +378,7 @@ def _token_gradient(
     return score, (advantage[:, None] * score)[:, :, None] * hidden[:, None, :]
 
 
-def _by_position(hidden: Array, support: HeadSupport, a: Array) -> Any:
+def _by_position(hidden: Array, support: TokenSupport, a: Array) -> Any:
     arrays = (hidden, support.probabilities, support.ids, support.chosen, a)
     return jax.tree.map(lambda x: jnp.swapaxes(jnp.asarray(x), 0, 1), arrays)
 
@@ -406,7 +395,7 @@ def _per_token(advantages: Any, like: Any) -> Float[Array, "B T"]:
     return jnp.broadcast_to(given, shape)
 
 
-def _check_head(hidden: Any, support: HeadSupport) -> None:
+def _check_head(hidden: Any, support: TokenSupport) -> None:
     _checks.rank("hidden", hidden, 3)
     _checks.rank("probabilities", support.probabilities, 3)
     _checks.floating(hidden=hidden, probabilities=support.probabilities)

@@ -10,6 +10,7 @@ from pgjax.objectives.agentic import (
     with_total_rewards,
 )
 from pgjax.objectives.baselines import gcpo, normalized, oblr, oblr_with_history, polychromic
+from pgjax.objectives.curvature_aware import capo, capo_adam
 from pgjax.objectives.discriminative import copo, disco, disco_b, disco_ratio
 from pgjax.objectives.group_relative import cispo, dapo, dr_grpo, grpo, gspo, lite_ppo
 from pgjax.objectives.hybrid import hpt, luffy, minirl, mixed, srft
@@ -24,7 +25,7 @@ from pgjax.objectives.stratified import (
     stratified_grpo,
     with_utility_weights,
 )
-from pgjax.objectives.token_selection import capo, d3s, gtpo, with_down_sampling
+from pgjax.objectives.token_selection import d3s, gtpo, with_down_sampling
 from pgjax.objectives.transforms import with_mismatch_weights
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "canon",
     "canon_entropy",
     "capo",
+    "capo_adam",
     "cispo",
     "copo",
     "d3s",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from jaxtyping import Array
 
@@ -64,3 +65,9 @@ def score_function(outputs: PolicyOutputs, rollout: Rollout) -> Array:
 def kl_penalty(coefficient: float) -> tuple[Regularizer, ...]:
     _checks.in_range("kl_coefficient", coefficient, 0.0)
     return (kl_to_reference(coefficient),) if coefficient else ()
+
+
+def memory_of(rollout: Rollout) -> Any:
+    """What the objective kept from earlier batches."""
+    assert rollout.memory is not None  # the objective has filled it
+    return rollout.memory

@@ -23,7 +23,15 @@ ROLLOUT_NEEDS = ("reference_logprobs", "proximal_logprobs", "values")
 OUTPUT_NEEDS = ("entropy", "values", "features")
 NEEDS = frozenset(ROLLOUT_NEEDS + OUTPUT_NEEDS)
 OLD_NEEDS = frozenset(
-    {"entropy", "square_sum", "cube_sum", "feature_square_norm", "score_features"}
+    {
+        "cube_sum",
+        "entropy",
+        "feature_square_norm",
+        "features",
+        "score_features",
+        "square_sum",
+        "support",
+    }
 )
 
 

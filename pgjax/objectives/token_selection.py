@@ -1,4 +1,4 @@
-"""Recipes that choose which rows and tokens of a batch are learnt from: D3S, GTPO, CAPO.
+"""Recipes that choose which rows and tokens of a batch are learnt from: D3S and GTPO.
 
 What they choose by is what the policy said before the first update on the batch, `rollout.old`.
 """
@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pgjax import _checks, advantages, aggregate, masks, segments, surrogates
-from pgjax.masks import conflict, curvature, downsample, entropy_filter
-from pgjax.objectives._parts import advantages_of, by_group
+from pgjax.masks import conflict, downsample, entropy_filter
+from pgjax.objectives._parts import advantages_of, by_group, memory_of
 from pgjax.objectives.facts import row_mean
 from pgjax.objectives.group_relative import grpo
 from pgjax.objectives.objective import Memory, Objective, step_count
@@ -90,7 +90,7 @@ def with_down_sampling(
             _checks.in_range(name, share, 0.0, 1.0, low_open=True)
 
     def mask(rollout: Rollout) -> Bool[Array, "B T"]:
-        own, step = _memory_of(rollout)
+        own, step = memory_of(rollout)
         assert rollout.old is not None and rollout.old.entropy is not None
         keep = rollout.mask & masks.finite_rewards(rollout.rewards)[:, None]
         if objective.mask is not None:
@@ -230,83 +230,13 @@ def _first_entropy() -> Memory:
 
 def _initial_entropy(rollout: Rollout) -> Float[Array, ""]:
     now = aggregate.masked_mean(_mean_entropy(rollout), jnp.any(rollout.mask, axis=1))
-    memory = _memory_of(rollout)
+    memory = memory_of(rollout)
     return jnp.where(memory < 0, now, memory).astype(jnp.float32)
 
 
 def _mean_entropy(rollout: Rollout) -> Float[Array, " B"]:
     assert rollout.old is not None and rollout.old.entropy is not None
     return row_mean(rollout.old.entropy, rollout.mask)
-
-
-# --- CAPO -----------------------------------------------------------------------------------------
-
-
-def capo(
-    *,
-    learning_rate: float | Schedule,
-    gain_limit: float = 0.01,
-    shift_limit: float = 1e-4,
-    temperature: float = 1.0,
-    low: float = 0.2,
-    high: float = 0.2,
-    epsilon: float = 1e-4,
-    ddof: int = 1,
-) -> Objective:
-    """CAPO: GRPO without the tokens whose own step would change the policy too much.
-
-    Each token's step of gradient ascent on the output head is scored by a second-order model,
-    `masks.head_curvature_sgd`, of how the expected reward and the policy would change; tokens
-    beyond the limits are masked. Needs no gradient beyond the loss's own.
-
-    Args:
-      learning_rate: of the optimizer: a positive number, or a function of the number of batches so
-        far such as an Optax schedule.
-      gain_limit: largest predicted change of the objective, either way, > 0.
-      shift_limit: largest predicted change of the policy (KL), > 0.
-      temperature: of the sampler, > 0; its logits are `W h / temperature`.
-      low, high, epsilon, ddof: as in `grpo`.
-
-    The paper scores Adam's step on a head restricted to likely tokens, `masks.head_curvature` with
-    `masks.adam_direction`; here it is the plain gradient's, for which a few sums over the whole
-    vocabulary are enough. A plain step is smaller than Adam's by the gradients' scale, so limits
-    have to be tuned with the learning rate. A sequence of which nothing is left does not count in
-    the mean over sequences.
-
-    Expected gradient: as `grpo`'s, less the rejected tokens.
-
-    Source: "Stabilizing Policy Gradients for Sample-Efficient Reinforcement Learning in LLM
-    Reasoning", 2025, arXiv 2510.00819.
-    """
-    _checks.in_range("gain_limit", gain_limit, 0.0, low_open=True)
-    _checks.in_range("shift_limit", shift_limit, 0.0, low_open=True)
-    _checks.in_range("temperature", temperature, 0.0, low_open=True, high_open=True)
-    if not callable(learning_rate):
-        _checks.in_range("learning_rate", learning_rate, 0.0, low_open=True)
-
-    def mask(rollout: Rollout) -> Bool[Array, "B T"]:
-        old = rollout.old
-        assert old is not None and old.square_sum is not None
-        assert old.cube_sum is not None and old.feature_square_norm is not None
-        rate = learning_rate(_memory_of(rollout)) if callable(learning_rate) else learning_rate
-        found = curvature.head_curvature_sgd(
-            old.logprobs,
-            old.square_sum,
-            old.cube_sum,
-            old.feature_square_norm / temperature**2,
-            advantages_of(rollout),
-            learning_rate=rate,
-        )
-        return curvature.curvature_mask(
-            found, gain_low=-gain_limit, gain_high=gain_limit, shift_high=shift_limit
-        )
-
-    return dataclasses.replace(
-        grpo(low=low, high=high, epsilon=epsilon, ddof=ddof),
-        mask=mask,
-        memory=step_count(),
-        old_needs=frozenset({"square_sum", "cube_sum", "feature_square_norm"}),
-    )
 
 
 # --- shared ---------------------------------------------------------------------------------------
@@ -319,7 +249,7 @@ def _with_memory(objective: Objective, memory: Memory) -> Objective:
     def seen(part: Callable[[Rollout], Any] | None) -> Callable[[Rollout], Any] | None:
         if part is None or own is None:
             return part
-        return lambda rollout: part(rollout.replace(memory=_memory_of(rollout).own))
+        return lambda rollout: part(rollout.replace(memory=memory_of(rollout).own))
 
     def init() -> Beside:
         return Beside(None if own is None else own.init(), memory.init())
@@ -331,11 +261,6 @@ def _with_memory(objective: Objective, memory: Memory) -> Objective:
     parts = ("advantage", "rewards", "extras", "mask", "multiplier", "targets")
     changes: dict[str, Any] = {name: seen(getattr(objective, name)) for name in parts}
     return dataclasses.replace(objective, memory=Memory(init, update), **changes)
-
-
-def _memory_of(rollout: Rollout) -> Any:
-    assert rollout.memory is not None  # the objective has filled it
-    return rollout.memory
 
 
 def _row_advantages(rollout: Rollout) -> Float[Array, " B"]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from pgjax import logprobs, models
+from pgjax import _checks, logprobs, models
 from pgjax.train import packing
 from pgjax.types import PolicyOutputs, Rollout
 
@@ -23,6 +23,7 @@ def language_model_outputs(
     *,
     temperature: float = 1.0,
     packed_shares: Sequence[float] = (),
+    support_size: int = 64,
 ) -> OutputsFunction:
     """`outputs(params, rollout, needs) -> PolicyOutputs` of a decoder.
 
@@ -34,6 +35,7 @@ def language_model_outputs(
         rows of the batch's, into which the sequences are packed where they fit, the smallest
         sufficient number being chosen without compiling again. The results are the same and
         padding is not computed. Meant for batches that are not sharded along their rows.
+      support_size: how many of the most likely tokens an asked-for `support` holds.
 
     Returns:
       a function of `params` (a dict with the decoder's under "decoder" and, for objectives that
@@ -43,15 +45,16 @@ def language_model_outputs(
       own choice.
 
     Raises:
-      ValueError: shares outside (0, 1).
+      ValueError: shares outside (0, 1), a support of no tokens.
     """
+    _checks.in_range("support_size", support_size, 1)
     for share in packed_shares:
         if not 0 < share < 1:
             raise ValueError(f"packed_shares: expected numbers in (0, 1), got {share}")
 
     def of_tokens(
         params: Any, tokens: Array, mask: Array, needs: frozenset[str], **options: Any
-    ) -> dict[str, Float[Array, "B ..."]]:
+    ) -> dict[str, Any]:
         hidden = decoder.apply(params["decoder"], tokens, **options)
         settings: dict[str, Any] = {
             "temperature": temperature,
@@ -60,7 +63,7 @@ def language_model_outputs(
         unembedding = decoder.unembedding(params["decoder"])
         if decoder.config.tied_embeddings:  # the table as it lies in memory, not a transposed copy
             unembedding, settings["vocab_axis"] = params["decoder"]["embedding"], 0
-        result = {}
+        result: dict[str, Any] = {}
         if "entropy" in needs:
             result["logprobs"], result["entropy"] = logprobs.from_hidden_with_entropy(
                 hidden, unembedding, tokens, **settings
@@ -92,6 +95,15 @@ def language_model_outputs(
             result["score_features"] = logprobs.score_features(
                 hidden, unembedding, tokens, mask, **settings
             )
+        if "support" in needs:
+            result["support"] = logprobs.token_support(
+                hidden,
+                unembedding,
+                tokens,
+                size=min(support_size, decoder.config.vocab_size),
+                logprobs=result["logprobs"],
+                **settings,
+            )
         if "features" in needs:
             result["features"] = hidden
         return result
@@ -122,14 +134,16 @@ def language_model_outputs(
         return jax.lax.switch(rung, [functools.partial(at, n) for n in ladder], params)
 
     def outputs(params: Any, rollout: Rollout, needs: frozenset[str]) -> PolicyOutputs:
-        # Sums over a sequence are not taken apart again once it is packed.
-        if packed_shares and "score_features" not in needs:
+        # Sums over a sequence, and supports, are not taken apart again once it is packed.
+        if packed_shares and not needs & {"score_features", "support"}:
             found = packed(params, rollout, needs)
         else:
             experts = None if rollout.experts is None else _by_layer(rollout.experts)
             found = of_tokens(params, rollout.tokens, rollout.mask, needs, experts=experts)
-        whole = {name: found.pop(name, None) for name in ("features", "score_features")}
-        masked = {name: logprobs.where_mask(x, rollout.mask) for name, x in found.items()}
+        whole = {name: found.pop(name, None) for name in ("features", "score_features", "support")}
+        masked: dict[str, Any] = {
+            name: logprobs.where_mask(x, rollout.mask) for name, x in found.items()
+        }
         return PolicyOutputs(**masked, **whole)
 
     return outputs

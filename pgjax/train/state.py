@@ -59,7 +59,7 @@ def init(
         opt_state=jax.jit(optimizer.init)(params),
         step=jnp.int32(0),
         key=key,
-        memory=None if remembers is None else remembers.init(),
+        memory=None if remembers is None else jax.jit(remembers.init)(),  # no array twice
     )
     return parallel.shard_like(state, params)
 
