@@ -247,6 +247,7 @@ def test_no_step_copies_the_cache():
     assert sizes[0] < temporary < 1.3 * sum(sizes)
 
 
+@pytest.mark.usefixtures("empty_caches")
 def test_other_settings_reuse_the_program_and_it_works_inside_jit():
     queued(build(), temperature=0.8, **FIVE)
     before = continuous._generate._cache_size()

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import pgjax as pg
 from pgjax import models, train
@@ -229,6 +230,7 @@ def start():
     return train.init(copied(fresh), optimizer, jax.random.key(1))
 
 
+@pytest.mark.usefixtures("empty_caches")
 def test_a_run_trains_and_saves_the_adapters_alone_and_resumes(tmp_path):
     fresh, frozen, _, update, step = text_step()
     _, params = build()

@@ -242,6 +242,7 @@ def updated(params, frozen, optimizer, *, steps=1):
     return state, metrics
 
 
+@pytest.mark.usefixtures("empty_caches")
 def test_an_update_moves_the_part_as_a_whole_update_would():
     _, params = build()
     trainable, frozen = train.partition(params, PATTERNS)
@@ -284,6 +285,7 @@ def test_the_compiled_step_has_no_gradient_of_what_is_frozen():
     assert part_bytes < 3 * 4 * 2 * 3 * mlp + 1000 < whole_bytes
 
 
+@pytest.mark.usefixtures("empty_caches")
 def test_checkpoints_hold_the_trained_part_and_restore_into_it(tmp_path):
     _, params = build()
     trainable, frozen = train.partition(params, PATTERNS)

@@ -387,6 +387,7 @@ def test_a_budget_of_one_token():
     )
 
 
+@pytest.mark.usefixtures("empty_caches")
 def test_other_settings_reuse_the_program():
     decoder, params = build()
     programs = text._generate._cache_size

@@ -392,6 +392,7 @@ def test_rows_do_not_depend_on_the_batch():
     assert (np.asarray(other.tokens) != np.asarray(small.tokens)).any()
 
 
+@pytest.mark.usefixtures("empty_caches")
 def test_other_settings_reuse_the_program_and_it_works_inside_jit():
     target, draft = build(), build(seed=5)
     expected, _ = run(target, draft, temperature=0.8)

@@ -217,8 +217,8 @@ def exact(samples, batch, key):
     return pg.rewards.exact_reward(values, jnp.asarray(batch["answers"])[samples.prompt_ids], ok)
 
 
+@pytest.mark.usefixtures("empty_caches")
 def test_one_compilation_over_a_run(model):
-    jax.clear_caches()  # what hundreds of tests have left there may push this one's out
     from pgjax.sampling import text as sampling_text
 
     state, update, step = make_step(model, exact)

@@ -17,7 +17,8 @@ ObjectiveName = Literal[
     "reinforce_pp", "adora", "canon", "canon_entropy", "capo", "capo_adam", "copo", "d3s", "disco",
     "disco_b", "disco_ratio", "g2rl", "gtpo", "minirl", "oblr", "polychromic", "stratified_grpo",
 ]  # fmt: skip
-_EXAMPLES = {"alpha": "0.8"}  # of options that no run knows
+# Of options that no run knows.
+_EXAMPLES = {"alpha": "0.8", "vocab_size": "151936", "hidden_size": "1536"}
 AggregateName = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum"]
 
 
