@@ -90,6 +90,17 @@ def test_supports_are_the_likeliest_tokens_and_the_drawn_one(options):
             np.testing.assert_allclose(found.probabilities[b, t], p[b, t - 1][want], rtol=1e-5)
             assert found.ids[b, t, found.chosen[b, t]] == tokens[b, t]
     assert 0 < replaced < 10 and not found.probabilities[:, 0].any()
+
+    def own(hidden, tokens):
+        return logprobs.token_support(hidden, table, tokens, size=5, temperature=0.7, **options)
+
+    automatic = (jax.sharding.AxisType.Auto,)
+    mesh, rows = (
+        jax.make_mesh((1,), ("data",), axis_types=automatic),
+        jax.sharding.PartitionSpec("data"),
+    )
+    mapped = jax.jit(jax.shard_map(own, mesh=mesh, in_specs=(rows, rows), out_specs=rows))
+    np.testing.assert_array_equal(mapped(hidden, jnp.asarray(tokens)).ids, found.ids)
     with pytest.raises(ValueError, match="size"):
         logprobs.token_support(hidden, unembedding, tokens, size=24)
 

@@ -63,7 +63,8 @@ def token_support(
         )
     _checks.same_shape(tokens=tokens, logprobs=logprobs)
     divisor = jnp.asarray(constant_temperature(temperature), jnp.float32)
-    probabilities, ids = _most_likely(static, size, hidden, unembedding, divisor)
+    arrays = blocks._equally_varying(jnp.asarray(hidden), jnp.asarray(unembedding), divisor)
+    probabilities, ids = _most_likely(static, size, *arrays)
     # The hidden state of one position is that of the next token's distribution.
     blank = ((0, 0), (1, 0), (0, 0))
     probabilities = jnp.pad(probabilities[:, :-1], blank)
@@ -102,7 +103,8 @@ def _most_likely(
     lead = (*hidden.shape[:-1], size)
     low = jnp.full(lead, -1e30, jnp.promote_types(dtype, jnp.float32))
     zeros = jnp.zeros(hidden.shape[:-1], low.dtype)
-    init = (low, jnp.zeros(lead, jnp.int32), zeros - 1e30, zeros)
+    low, none, zeros, _ = blocks._equally_varying(low, jnp.zeros(lead, jnp.int32), zeros, h)
+    init = (low, none, zeros - 1e30, zeros)
     values, ids, top, total = blocks._over_blocks(step, init, static, unembedding)
     log_normaliser = top + jnp.log(total)
     return jnp.exp(values - log_normaliser[..., None]), ids
