@@ -36,7 +36,11 @@ def run_each(code: str, *arguments: Any, processes: int, devices: int = 1) -> li
         )
         for process in range(processes)
     ]
-    outputs = [process.communicate(timeout=300) for process in running]
+    try:
+        outputs = [process.communicate(timeout=300) for process in running]
+    finally:
+        for process in running:
+            process.kill()
     for process, (_, errors) in zip(running, outputs, strict=True):
         assert process.returncode == 0, errors[-3000:]
     return [json.loads(output.splitlines()[-1]) for output, _ in outputs]

@@ -122,6 +122,9 @@ def capo_adam(
     of K among V logits, and O(B T K H) FLOPs for the plans, in O(B K H) memory. Soft-capped heads
     are scored as if they had no cap.
 
+    Raises:
+      ValueError: a number out of range; in `prepare`, a head of another size than was said.
+
     Expected gradient: as `grpo`'s, less the rejected tokens.
 
     Source: "Stabilizing Policy Gradients for Sample-Efficient Reinforcement Learning in LLM

@@ -21,7 +21,6 @@ from pgjax.objectives.objective import Memory, Objective, step_count
 from pgjax.types import PolicyOutputs, Rollout
 
 Subset = Callable[[Rollout, Float[Array, ""]], Bool[Array, " B"]]
-Schedule = Callable[[Array], Array]
 
 
 class Beside(NamedTuple):
