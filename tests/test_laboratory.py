@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -443,6 +444,14 @@ def test_errors():
     broken = problems.bandit(jnp.array([[0.0, jnp.nan]]))
     with pytest.raises(ValueError, match="problem: expected finite rewards"):
         estimator_report(rloo, broken, jnp.zeros((1, 2)), group_size=2)
-    wanting = dataclasses.replace(rloo, own_needs=frozenset({"features"}))
-    with pytest.raises(ValueError, match=r"outputs.features: this objective needs it"):
-        estimator_report(wanting, problem, params, group_size=2)
+
+
+def test_whatever_an_objective_may_need_is_there():
+    problem, params, rloo = bandit(), jnp.array(LOGITS), objectives.rloo()
+    wanting = dataclasses.replace(
+        rloo,
+        own_needs=objectives.objective.NEEDS,
+        old_needs=objectives.objective.OLD_NEEDS,
+    )
+    plain = estimator_report(rloo, problem, params, group_size=2)
+    chex.assert_trees_all_equal(estimator_report(wanting, problem, params, group_size=2), plain)
