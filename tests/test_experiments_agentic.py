@@ -59,6 +59,32 @@ def test_the_sampler_and_the_learner_agree_on_every_token():
     multiturn.check_turns(rollout)
 
 
+def test_who_wanders_says_every_command_and_nothing_else():
+    rows = quest.wander(quest.HARD, jax.random.key(0), 20)
+    chosen = np.asarray(rows.tokens)[np.asarray(rows.mask)].reshape(-1, textquest.COMMAND_LENGTH)
+    ways = {(textquest.GO, way, textquest.EOS) for way in textquest.DIRECTIONS}
+    deeds = {
+        (verb, textquest.OBJECTS + i, textquest.EOS)
+        for verb in (textquest.TAKE, textquest.PUT)
+        for i in range(2)
+    }
+    said, counts = np.unique(chosen, axis=0, return_counts=True)
+    assert {tuple(map(int, command)) for command in said} == ways | deeds
+    # Eight alike: all within four standard deviations of an eighth.
+    share, n = 1 / 8, counts.sum()
+    assert np.abs(counts / n - share).max() < 4 * (share * (1 - share) / n) ** 0.5
+
+
+def test_reading_teaches_commands_and_no_quest():
+    params = jax.jit(lambda key: quest.pretrained(key, 16, updates=60))(jax.random.key(0))
+    rows = quest.wander(quest.HARD, jax.random.key(1), 20)
+    found = quest.outputs(params, rows, frozenset())
+    surprise = -float(found.logprobs.sum() / rows.mask.sum())
+    # Three tokens a command, one of eight commands, the last token certain.
+    assert surprise < 1.2 * np.log(8) / 3
+    assert float(quest.success(quest.HARD, params, jax.random.key(2), 64)) < 0.05
+
+
 def test_demonstrations_finish_the_quest_and_mask_what_was_observed():
     rows = quest.demonstrate(quest.EASY, jax.random.key(0), 6)
     words = textquest.COMMAND_LENGTH * quest.EASY.max_turns

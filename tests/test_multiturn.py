@@ -212,7 +212,7 @@ def test_hand_made_rollouts_are_checked():
 QUESTS = [
     textquest.TextQuest(width=2, objects=1, length=2),
     textquest.TextQuest(width=4, objects=2, length=3),
-    textquest.TextQuest(width=3, objects=3, length=6, max_turns=40),
+    textquest.TextQuest(width=3, objects=3, length=6, spare_names=2, max_turns=40),
 ]
 
 
@@ -246,7 +246,7 @@ def test_the_expert_finishes_on_a_shortest_way(quest):
 
 
 def test_commands_do_what_they_say():
-    quest = textquest.TextQuest(width=3, objects=2, length=3, max_turns=3)
+    quest = textquest.TextQuest(width=3, objects=2, length=3, spare_names=1, max_turns=3)
     state, _ = textquest.reset(quest, jax.random.key(0))
     state = dataclasses.replace(
         state,
@@ -254,8 +254,9 @@ def test_commands_do_what_they_say():
         places=jnp.array([4, 5]),
         targets=jnp.array([1, 0]),
         held=jnp.int32(-1),
+        names=jnp.array([2, 0]),
     )
-    first, second = textquest.OBJECTS, textquest.OBJECTS + 1
+    first, absent, second = textquest.OBJECTS + 2, textquest.OBJECTS + 1, textquest.OBJECTS
     here, none = textquest.HERE, textquest.NOTHING
     np.testing.assert_array_equal(
         textquest.observe(quest, state), [textquest.TAKE, first, here, here, first, none]
@@ -276,6 +277,8 @@ def test_commands_do_what_they_say():
         (textquest.GO, EOS, textquest.NORTH),
         (textquest.GO, EOS, EOS),
         (textquest.TAKE, second, EOS),
+        (textquest.TAKE, absent, EOS),
+        (textquest.TAKE, textquest.OBJECTS + 3, EOS),
         (textquest.PUT, first, EOS),
         (textquest.TAKE, textquest.NORTH, EOS),
     ):
@@ -317,9 +320,20 @@ def test_starts_are_spread_and_no_object_is_home():
     assert observation.shape == (500, 6) and int(observation.max()) < quest.vocabulary
 
 
+def test_objects_of_an_episode_have_different_names_and_all_names_occur():
+    quest = textquest.TextQuest(width=2, objects=2, spare_names=1)
+    keys = jax.random.split(jax.random.key(0), 200)
+    names = np.asarray(jax.vmap(lambda key: textquest.reset(quest, key)[0].names)(keys))
+    pairs = {(int(a), int(b)) for a, b in names}
+    assert pairs == {(a, b) for a in range(3) for b in range(3) if a != b}
+    assert quest.vocabulary == textquest.OBJECTS + 3
+
+
 def test_errors():
     with pytest.raises(ValueError, match="length"):
         textquest.TextQuest(width=2, objects=1, length=3)
+    with pytest.raises(ValueError, match="spare_names"):
+        textquest.TextQuest(spare_names=-1)
     with pytest.raises(ValueError, match="width"):
         dataclasses.replace(QUESTS[0], width=1)
     state, _ = textquest.reset(QUESTS[0], jax.random.key(0))

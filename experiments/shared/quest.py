@@ -1,4 +1,8 @@
-"""A small recurrent policy that plays `envs.textquest`, the expert that plays it, their rows."""
+"""A small recurrent policy that plays `envs.textquest`, who shows it how, their rows.
+
+A pretrained language model knows words and grammar of commands before it plays. Here that is
+`pretrained`: it has read a player who gives well-formed commands at random on the larger map.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 import pgjax as pg
+from pgjax import objectives
 from pgjax.envs import textquest
 from pgjax.sampling import multiturn
 
-EASY = textquest.TextQuest(width=2, objects=1, length=2, max_turns=8)
+# Whatever an object is called on the larger map, it may be called on the smaller one.
+EASY = textquest.TextQuest(width=2, objects=1, spare_names=1, length=2, max_turns=8)
 HARD = textquest.TextQuest(width=4, objects=2, length=3, max_turns=20)
 VOCABULARY = HARD.vocabulary
 Params = dict[str, Array]
@@ -31,6 +38,23 @@ def init(key: PRNGKeyArray, hidden: int) -> Params:
         "head": 0.1 * scale * jax.random.normal(keys[3], (hidden, VOCABULARY)),
         "value": jnp.zeros(hidden),
     }
+
+
+def pretrained(
+    key: PRNGKeyArray, hidden: int, *, updates: int, learning_rate: float = 3e-3
+) -> Params:
+    """`init`, then that many updates of Adam on 32 episodes of `wander` each."""
+    optimizer = optax.adam(learning_rate)
+    imitate = pg.train.make_update(outputs, objectives.supervised(), optimizer)
+    params = init(key, hidden)
+    state = pg.train.TrainState(
+        params=params, opt_state=optimizer.init(params), step=jnp.int32(0), key=key
+    )
+
+    def update(i: Array, state: Any) -> Any:
+        return imitate(state, wander(HARD, jax.random.fold_in(key, i), 32))[0]
+
+    return jax.lax.fori_loop(0, updates, update, state).params
 
 
 def read(params: Params, hidden: Array, token: Array) -> Array:
@@ -95,14 +119,30 @@ def play(quest: textquest.TextQuest, params: Params, key: PRNGKeyArray, start: A
 
 def demonstrate(quest: textquest.TextQuest, key: PRNGKeyArray, count: int) -> pg.Rollout:
     """Episodes of `textquest.expert` from random starts, as rows for `objectives.supervised`."""
+    return _shown(quest, lambda state, key: textquest.expert(quest, state), key, count)
+
+
+def wander(quest: textquest.TextQuest, key: PRNGKeyArray, count: int) -> pg.Rollout:
+    """Episodes of well-formed commands at random, as rows for `objectives.supervised`."""
+    ways = [(textquest.GO, way) for way in textquest.DIRECTIONS]
+    names = range(textquest.OBJECTS, quest.vocabulary)
+    deeds = [(verb, name) for verb in (textquest.TAKE, textquest.PUT) for name in names]
+    commands = jnp.array([(*pair, textquest.EOS) for pair in ways + deeds], jnp.int32)
+    return _shown(quest, lambda state, key: jax.random.choice(key, commands), key, count)
+
+
+def _shown(quest: textquest.TextQuest, player: Any, key: PRNGKeyArray, count: int) -> pg.Rollout:
+    """`player(state, key)` gives a command."""
 
     def command(carry: Any, state: Any, observation: Array, alive: Array, key: Array) -> Any:
-        tokens = jnp.where(alive, textquest.expert(quest, state), textquest.PAD)
+        tokens = jnp.where(alive, player(state, key), textquest.PAD)
         none = jnp.zeros(textquest.COMMAND_LENGTH)
         return carry, (tokens, none, jnp.broadcast_to(alive, none.shape))
 
-    starts = jax.vmap(functools.partial(textquest.reset, quest))(jax.random.split(key, count))
-    record = jax.vmap(lambda start: _turns(quest, command, (), key, start))(starts)
+    start_key, play_key = jax.random.split(key)
+    starts = jax.vmap(functools.partial(textquest.reset, quest))(jax.random.split(start_key, count))
+    keys = jax.random.split(play_key, count)
+    record = jax.vmap(lambda key, start: _turns(quest, command, (), key, start))(keys, starts)
     rows = multiturn.flatten_turns(**record, group_ids=jnp.arange(count), eos=textquest.EOS)
     return pg.train.demonstrations(rows.tokens, rows.mask)
 

@@ -3,7 +3,8 @@
 Objects lie in rooms of a square grid. The quest alternates: take object 0, put it down in its
 room, take object 1, and so on, for `length` sub-goals. Every turn the player is told, in tokens,
 the sub-goal, in which direction it lies, what is here and what is in hand, and answers with a
-command of up to three tokens that ends in `EOS`. A command that makes no sense costs a turn.
+command of up to three tokens that ends in `EOS`. A command that makes no sense costs a turn. What
+the objects are called is drawn anew in every episode.
 
 All functions are of one episode; `jax.vmap` makes batches.
 """
@@ -23,8 +24,9 @@ from pgjax.types import pytree_dataclass
 PAD, EOS = 0, 1
 GO, TAKE, PUT = 2, 3, 4
 NORTH, EAST, SOUTH, WEST, HERE = 5, 6, 7, 8, 9
+DIRECTIONS = (NORTH, EAST, SOUTH, WEST)
 NOTHING = 10
-OBJECTS = 11  # the first object's token
+OBJECTS = 11  # the first token that names an object
 OBSERVATION_LENGTH = 6
 COMMAND_LENGTH = 3
 
@@ -37,29 +39,40 @@ class TextQuest:
       width: rooms along each side, ≥ 2.
       objects: ≥ 1.
       length: sub-goals, in [1, 2 * objects].
+      spare_names: names of objects beyond those that one quest needs, ≥ 0.
       max_turns: turns after which an episode is cut off; the state is then truncated, not terminal.
     """
 
     width: int = 2
     objects: int = 1
     length: int = 2
+    spare_names: int = 0
     max_turns: int = 24
 
     def __post_init__(self) -> None:
         _checks.in_range("width", self.width, 2)
         _checks.in_range("objects", self.objects, 1)
         _checks.in_range("length", self.length, 1, 2 * self.objects)
+        _checks.in_range("spare_names", self.spare_names, 0)
         _checks.in_range("max_turns", self.max_turns, 1)
 
     @property
     def vocabulary(self) -> int:
         """Number of tokens that observations and commands are made of."""
-        return OBJECTS + self.objects
+        return OBJECTS + self.names
+
+    @property
+    def names(self) -> int:
+        """Number of tokens that may name an object."""
+        return self.objects + self.spare_names
 
 
 @pytree_dataclass
 class State:
-    """Rooms are numbers `width * row + column`; `held` is -1 with empty hands."""
+    """Rooms are numbers `width * row + column`; `held` is -1 with empty hands.
+
+    Object i is called by the token `OBJECTS + names[i]`.
+    """
 
     room: Int[Array, ""]
     places: Int[Array, " o"]
@@ -67,6 +80,7 @@ class State:
     held: Int[Array, ""]
     done: Int[Array, ""]
     turn: Int[Array, ""]
+    names: Int[Array, " o"]
 
 
 class Step(NamedTuple):
@@ -93,7 +107,7 @@ def reset(quest: TextQuest, key: PRNGKeyArray) -> tuple[State, Int[Array, " 6"]]
     Returns:
       the state and the first observation.
     """
-    room_key, place_key, target_key = jax.random.split(key, 3)
+    room_key, place_key, target_key, name_key = jax.random.split(key, 4)
     rooms = quest.width**2
     places = jax.random.randint(place_key, (quest.objects,), 0, rooms)
     shift = jax.random.randint(target_key, (quest.objects,), 1, rooms)
@@ -105,6 +119,7 @@ def reset(quest: TextQuest, key: PRNGKeyArray) -> tuple[State, Int[Array, " 6"]]
         held=jnp.int32(-1),
         done=zero,
         turn=zero,
+        names=jax.random.permutation(name_key, quest.names)[: quest.objects],
     )
     return state, observe(quest, state)
 
@@ -125,11 +140,11 @@ def observe(quest: TextQuest, state: State) -> Int[Array, " 6"]:
     tokens = jnp.stack(
         [
             verb,
-            OBJECTS + thing,
+            OBJECTS + state.names[thing],
             jnp.where(down < 0, NORTH, jnp.where(down > 0, SOUTH, HERE)),
             jnp.where(right < 0, WEST, jnp.where(right > 0, EAST, HERE)),
-            jnp.where(jnp.any(lying), OBJECTS + here, NOTHING),
-            jnp.where(state.held >= 0, OBJECTS + state.held, NOTHING),
+            jnp.where(jnp.any(lying), OBJECTS + state.names[here], NOTHING),
+            jnp.where(state.held >= 0, OBJECTS + state.names[state.held], NOTHING),
         ]
     )
     return jnp.where(state.done >= quest.length, NOTHING, tokens).astype(jnp.int32)
@@ -164,22 +179,29 @@ def step(quest: TextQuest, state: State, command: Int[Array, " 3"]) -> Step:
     column = jnp.clip(column + jnp.where(going, right, 0), 0, quest.width - 1)
     room = row * quest.width + column
 
-    thing = argument - OBJECTS
-    known = (thing >= 0) & (thing < quest.objects)
-    index = jnp.clip(thing, 0, quest.objects - 1)
+    called = state.names == argument - OBJECTS
+    known, index = jnp.any(called), jnp.argmax(called)
     taking = known & (verb == TAKE) & (state.held < 0) & (state.places[index] == state.room)
-    putting = known & (verb == PUT) & (state.held == thing)
+    putting = known & (verb == PUT) & (state.held == index)
     held = jnp.where(taking, index, jnp.where(putting, -1, state.held))
     places = state.places.at[index].set(jnp.where(putting, room, state.places[index]))
 
     wanted_verb, wanted = _subgoal(quest, state)
     active = state.done < quest.length
     took = (wanted_verb == TAKE) & (held == wanted)
-    brought = (wanted_verb == PUT) & putting & (thing == wanted) & (room == state.targets[wanted])
+    brought = (wanted_verb == PUT) & putting & (index == wanted) & (room == state.targets[wanted])
     reached = active & (took | brought)
     done = state.done + reached
     turn = state.turn + 1
-    new = State(room=room, places=places, targets=state.targets, held=held, done=done, turn=turn)
+    new = State(
+        room=room,
+        places=places,
+        targets=state.targets,
+        held=held,
+        done=done,
+        turn=turn,
+        names=state.names,
+    )
     terminated = done >= quest.length
     return Step(
         state=new,
@@ -198,9 +220,9 @@ def expert(quest: TextQuest, state: State) -> Int[Array, " 3"]:
     missing = (verb == PUT) & (state.held != thing)
     arrived = (vertical == HERE) & (horizontal == HERE)
     direction = jnp.where(vertical == HERE, horizontal, vertical)
-    act = jnp.stack([jnp.where(missing, TAKE, verb), OBJECTS + thing])
+    act = jnp.stack([jnp.where(missing, TAKE, verb), OBJECTS + state.names[thing]])
     go = jnp.stack([jnp.int32(GO), direction])
-    drop = jnp.stack([jnp.int32(PUT), OBJECTS + state.held])
+    drop = jnp.stack([jnp.int32(PUT), OBJECTS + state.names[state.held]])
     chosen = jnp.where(wrong_hand, drop, jnp.where(arrived, act, go))
     return jnp.concatenate([chosen, jnp.array([EOS])]).astype(jnp.int32)
 
