@@ -153,7 +153,7 @@ def run(config: Config) -> reproduction.Findings:
     table: dict[str, dict[str, np.ndarray]] = {}
     panels: dict[str, dict[str, tuple]] = {}
     claims = []
-    for setting in SETTINGS[-1:] if config.quick else SETTINGS:
+    for setting in reproduction.track(SETTINGS[-1:] if config.quick else SETTINGS):
         shared = setting == "shared parameters"
         curves = {
             name: learn(objective, shared=shared, scale=1.0)

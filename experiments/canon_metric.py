@@ -154,7 +154,8 @@ def run(config: Config) -> reproduction.Findings:
 
     every = max(config.early // 5, 1)
     curves = {
-        name: learn(objective, config.learning_rate) for name, objective in methods(config).items()
+        name: learn(objective, config.learning_rate)
+        for name, objective in reproduction.track(methods(config).items())
     }
     if not config.quick:
         curves["Dr. GRPO, lr × 2"] = learn(methods(config)["Dr. GRPO"], 2 * config.learning_rate)

@@ -134,7 +134,7 @@ def run(config: Config) -> reproduction.Findings:
     problem = make_problem()
     table: dict[str, dict[str, np.ndarray]] = {}
     predicted, true = [], []
-    for rate in config.learning_rates:
+    for rate in reproduction.track(config.learning_rates):
         found = tabular.learn(
             problem,
             with_shift(objectives.grpo(), rate),

@@ -95,7 +95,7 @@ def run(config: Config) -> reproduction.Findings:
         config = dataclasses.replace(config, seeds=2, steps=4, factors=(1.0,))
     problem = task.make_problem()
     found: dict[str, dict[float, dict[str, np.ndarray]]] = {}
-    for factor in config.factors:
+    for factor in reproduction.track(config.factors):
         for name, objective in methods(config, factor).items():
 
             def measure(params: Array, objective: pg.Objective = objective) -> dict[str, Array]:

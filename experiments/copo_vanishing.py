@@ -146,7 +146,7 @@ def run(config: Config) -> reproduction.Findings:
     start = at_the_start(keys)
     table: dict[str, dict[str, Float[np.ndarray, " S"]]] = {}
     curves, tuned = {}, {}
-    for name, make in methods(config).items():
+    for name, make in reproduction.track(methods(config).items()):
         found = [
             tabular.learn(
                 problem,

@@ -165,7 +165,7 @@ def run(config: Config) -> reproduction.Findings:
         )
     problem, right = make_problem(config)
     curves, table = {}, {}
-    for name in ("GRPO", "DisCO") if config.quick else METHODS:
+    for name in reproduction.track(("GRPO", "DisCO") if config.quick else METHODS):
         found = learn(METHODS[name](), config, problem, right)
         best = int(np.argmax(found["final/hard"][:, : config.tuning_seeds].mean(1)))
         kept = {key: x[best, config.tuning_seeds :] for key, x in found.items()}

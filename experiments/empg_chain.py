@@ -129,18 +129,20 @@ def run(config: Config) -> reproduction.Findings:
         chains, methods = {"chain": False}, {name: methods[name] for name in ("GRPO", "EMPG")}
     for chain, lost in chains.items():
         best: dict[str, Any] = {}
-        for name, objective in methods.items():
-            for rate in rates:
-                curves = tabular.learn(
-                    problem(lost=lost),
-                    objective,
-                    optax.sgd(rate),
-                    init=lambda key: jnp.asarray(START),
-                    measure=measure,
-                    group_size=config.group_size,
-                    steps=steps,
-                    seeds=seeds,
-                )
+        for name, objective in reproduction.track(methods.items(), chain):
+            at_rates = tabular.learn_at_rates(
+                problem(lost=lost),
+                objective,
+                optax.sgd,
+                rates=rates,
+                seeds=seeds,
+                init=lambda key: jnp.asarray(START),
+                measure=measure,
+                group_size=config.group_size,
+                steps=steps,
+            )
+            for i, rate in enumerate(rates):
+                curves = {column: x[i] for column, x in at_rates.items()}
                 found = {
                     "updates to 80%": updates_needed(curves["success"]),
                     "success": curves["final/success"],

@@ -273,7 +273,7 @@ def run(config: Config) -> reproduction.Findings:
     model = make_model(config)
     curves = {}
     off_policy = OFF_POLICY[::3] if config.quick else OFF_POLICY
-    for arm in ON_POLICY + off_policy:
+    for arm in reproduction.track(ON_POLICY + off_policy):
         found = learn(arm, model)
         for index, rate in enumerate(config.rates):
             curves[arm, rate] = {name: x[index] for name, x in found.items()}

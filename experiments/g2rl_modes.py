@@ -133,7 +133,7 @@ def run(config: Config) -> reproduction.Findings:
             seeds=config.seeds,
             every=every,
         )
-        for name, objective in methods(config).items()
+        for name, objective in reproduction.track(methods(config).items())
     }
     columns = ("success", "right answers in use", "opposed pairs")
     steps = np.arange(0, config.steps, every)

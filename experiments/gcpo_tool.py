@@ -159,7 +159,7 @@ def run(config: Config) -> reproduction.Findings:
             steps=config.steps,
             seeds=config.seeds,
         )
-        for name, (problem, objective, size) in methods.items()
+        for name, (problem, objective, size) in reproduction.track(methods.items())
     }
     names = ("accuracy", "use where it helps", "use where it harms")
     table = {

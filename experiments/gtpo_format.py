@@ -158,13 +158,16 @@ def run(config: Config) -> reproduction.Findings:
 
     tuning = {
         rate: learn(objectives.grpo(), rate, first_seed=1000)["reward"]
-        for rate in config.learning_rates
+        for rate in reproduction.track(config.learning_rates, "learning rates")
     }
     learns = [
         rate for rate, x in tuning.items() if x[:, -20:].mean() >= 2 * x[:, :5].mean()
     ] or list(tuning)
     rate = max(learns)
-    found = {name: learn(objective, rate) for name, objective in methods(config).items()}
+    found = {
+        name: learn(objective, rate)
+        for name, objective in reproduction.track(methods(config).items())
+    }
     table = {
         name: {
             "lowest format rate": x["format"][:, config.warm_up :].min(1),

@@ -238,7 +238,7 @@ def run(config: Config) -> reproduction.Findings:
         )
     task = make_task(config)
     curves, table = {}, {}
-    for name in ("imitation", "GRPO", "HPT") if config.quick else METHODS:
+    for name in reproduction.track(("imitation", "GRPO", "HPT") if config.quick else METHODS):
         found = learn(name, config, task)
         scores = (found["easy"] + found["hard"])[:, : config.tuning_seeds, -1].mean(1)
         best = int(np.argmax(scores))

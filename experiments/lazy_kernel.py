@@ -186,7 +186,7 @@ def run(config: Config) -> reproduction.Findings:
             seeds=seeds,
             every=every,
         )
-        for name, (reward, objective) in methods.items()
+        for name, (reward, objective) in reproduction.track(methods.items())
     }
     fast = {name: curve["final/fast"] for name, curve in curves.items()}
     right = {name: curve["final/correct"] for name, curve in curves.items()}

@@ -251,7 +251,10 @@ def learning_curves(
 def run(config: Config) -> reproduction.Findings:
     if config.quick:
         config = quick(config)
-    by_size = {size: variances(config, size) for size in config.group_sizes}
+    by_size = {
+        size: variances(config, size)
+        for size in reproduction.track(config.group_sizes, "group sizes")
+    }
     found = {
         (scale, size): by_size[size][scale]
         for scale in config.scales

@@ -106,7 +106,7 @@ def run(config: Config) -> reproduction.Findings:
             seeds=config.seeds,
             every=every,
         )
-        for name, objective in methods.items()
+        for name, objective in reproduction.track(methods.items())
     }
     table = {
         name: {f"pass@{k}": x[f"final/pass@{k}"] for k in BUDGETS} for name, x in curves.items()

@@ -131,9 +131,12 @@ def run(config: Config) -> reproduction.Findings:
         )
 
     plain = pg.objectives.grpo(ddof=0, epsilon=1e-8)
-    curves = {f"GRPO, lr {rate:g}": learn(plain, rate) for rate in config.grpo_learning_rates}
+    curves = {
+        f"GRPO, lr {rate:g}": learn(plain, rate)
+        for rate in reproduction.track(config.grpo_learning_rates, "GRPO")
+    }
     best = max(curves, key=lambda name: curves[name]["final/expected reward"].mean())
-    for alpha in config.alphas:
+    for alpha in reproduction.track(config.alphas, "SAN"):
         objective = stratified.stratified_grpo(
             alpha=alpha, strata=lambda rollout: (rollout.extras or {})["strata"]
         )

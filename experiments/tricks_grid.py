@@ -211,11 +211,15 @@ def run(config: Config) -> reproduction.Findings:
         config = dataclasses.replace(
             config, seeds=3, steps=4, prompts=2, longest=3, claimed_only=True
         )
-    found = {
-        (mix, name): learn(config, objective, strength)
+    cells = [
+        (mix, name, objective, strength)
         for mix, strength in MIXES.items()
         for name, objective in grid(config).items()
         if not config.claimed_only or (mix, name) in CLAIMED
+    ]
+    found = {
+        (mix, name): learn(config, objective, strength)
+        for mix, name, objective, strength in reproduction.track(cells, "cells")
     }
     shown = [LITE, "group/group", "group/none", "batch/batch", "GRPO", "DAPO"]
     steps = np.arange(config.steps)

@@ -158,7 +158,7 @@ def run(config: Config) -> reproduction.Findings:
     table: dict[str, dict[str, list[float]]] = {}
     gaps = {"leave one out": 0.0, "mean of all": 0.0}
     later = []
-    for seed in range(seeds):
+    for seed in reproduction.track(range(seeds), "seeds"):
         policy_key, reward_key = jax.random.split(jax.random.key(seed))
         params = jax.random.normal(policy_key, (TURNS, ACTIONS))
         rewards = jax.random.normal(reward_key, (TURNS, ACTIONS))

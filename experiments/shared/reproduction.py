@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,6 +15,7 @@ import pgjax as pg
 from experiments.shared import runs
 
 _Config = TypeVar("_Config")
+_Item = TypeVar("_Item")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,16 @@ def above(
     """The mean over seeds is at least a threshold."""
     mean = float(np.mean(values))
     return Claim(text, mean >= threshold, f"{mean:{format}} (at least {threshold:{format}})")
+
+
+def track(items: Iterable[_Item], text: str = "methods") -> Iterator[_Item]:
+    """The items one by one, with a progress bar on standard error while they last."""
+    import rich.console
+    import rich.progress
+
+    todo = list(items)
+    console = rich.console.Console(stderr=True)
+    yield from rich.progress.track(todo, text, console=console, transient=True)
 
 
 def main(
