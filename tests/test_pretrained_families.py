@@ -58,9 +58,7 @@ def test_logits_are_those_of_transformers(case, loaded):
     assert_close_on_real_tokens(actual, cases.read(case)["logits"])
 
 
-@pytest.mark.parametrize(
-    "case", ["smollm3", "qwen2_moe", "gpt_oss", "gemma3", "gpt2", "llama_dynamic"]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_packed_rows_are_separate_rows(case, loaded):
     """The two rows one after the other in a single row, between them no attention."""
     (first, second), rows = cases.LENGTHS, cases.tokens()
