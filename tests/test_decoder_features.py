@@ -380,6 +380,9 @@ def test_replay_needs_a_mixture():
         decoder.apply(params, tokens, experts=np.zeros((2, 1, 3, 2), np.int32))
     with pytest.raises(ValueError, match="has no mixture"):
         decoder.apply_with_routing(params, tokens)
+    cache = models.empty_slot_cache(decoder.config, num_slots=1, capacity=4)
+    with pytest.raises(ValueError, match="has no mixture"):
+        decoder.extend_with_routing(params, tokens, cache, np.zeros(1, np.int32))
 
 
 def test_balanced_routing_has_the_least_loss_and_its_gradient_evens_out():

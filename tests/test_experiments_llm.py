@@ -133,15 +133,44 @@ def test_every_objective_trains_and_exports(checkpoint, task, tmp_path, objectiv
     assert np.isfinite(record["loss"]) and record["tokens"] > 0
 
 
-def test_experts_adapters_are_merged_though_peft_has_no_form_for_them(task, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
     sizes = {"num_experts": 2, "experts_per_token": 1, "expert_size": 16}
-    mixture = models.MoEConfig(**sizes, normalize_weights=True)
-    model = tiny_checkpoint.make(
-        tmp_path / "model", moe=mixture, qk_norm="head", num_layers=1, hidden_size=16
-    )
+    moe = models.MoEConfig(**sizes, normalize_weights=True)
+    directory = tmp_path_factory.mktemp("mixture") / "model"
+    return tiny_checkpoint.make(directory, moe=moe, qk_norm="head", num_layers=1, hidden_size=16)
+
+
+@pytest.mark.parametrize(("replay", "slots"), [("learner", None), ("sampler", 3)])
+def test_recorded_experts_are_replayed(mixture, task, tmp_path, monkeypatch, replay, slots):
+    """Whoever recorded them, the update gets them, and gets the sampler's where it should."""
+    seen = []
+    update = pg.train.make_update
+
+    def watched(*arguments, **options):
+        step = update(*arguments, **options)
+
+        def recording(state, rollout, *rest):
+            seen.append(rollout.experts)
+            return step(state, rollout, *rest)
+
+        return recording
+
+    monkeypatch.setattr(pg.train, "make_update", watched)
+    changes = {"rl.routing-replay": replay, **({} if slots is None else {"rl.slots": slots})}
+    arguments = grpo_flags(mixture, task, tmp_path / "run", **changes)
+    assert grpo_llm.main(arguments) == 0
+    assert seen and all(x.shape[2:] == (1, 1) for x in seen)
+    padding = np.asarray(seen[0])[:, -1]
+    assert (padding == 0).all() == (replay == "sampler")  # only a sampler leaves them out
+
+
+def test_experts_adapters_are_merged_though_peft_has_no_form_for_them(
+    mixture, task, tmp_path, capsys
+):
     out = tmp_path / "run"
     changes = {"tuning.train": "lora", "tuning.rank": 2}
-    assert grpo_llm.main(grpo_flags(model, task, out, **changes)) == 0
+    assert grpo_llm.main(grpo_flags(mixture, task, out, **changes)) == 0
     assert "adapters not written in PEFT's format" in capsys.readouterr().out
     assert not (out / "adapter").exists() and (out / "model" / "config.json").is_file()
 
@@ -198,6 +227,7 @@ def test_quantised_base_with_adapters(checkpoint, task, tmp_path):
         ({"tuning.base": "int8"}, "tuning.base: int8 parameters cannot be trained"),
         ({"data.prompt-lengths": 4}, "no prompt of"),
         ({"mesh": "fsdp=3"}, "mesh"),
+        ({"rl.routing-replay": "learner"}, "no mixture of experts"),
         ({"model": "nowhere"}, "nowhere"),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 import pgjax as pg
-from experiments.llm.config import Common, Tuning
+from experiments.llm.config import RL, Common, Tuning
 from experiments.shared import optimizers
 from pgjax.models import lora, quantization
 from pgjax.tasks import chat
@@ -82,6 +84,20 @@ def load_policy(config: Common, tuning: Tuning, mesh: Any, *, with_values: bool)
         stop_tokens=tuple(chat.stop_token_ids(tokenizer, config.model)),
         pad=chat.pad_token_id(tokenizer),
     )
+
+
+def check_mixture(decoder: pg.models.FunctionalDecoder) -> None:
+    """Routes can only be replayed where there are any."""
+    if decoder.config.moe is None:
+        raise ValueError("rl.routing_replay: this model has no mixture of experts; leave it out")
+
+
+def sampler(rl: RL) -> Callable[..., pg.sampling.Samples]:
+    """`sampling.generate`, or its likeness, as the options ask for it."""
+    options: dict[str, Any] = {"record_experts": True} if rl.routing_replay == "sampler" else {}
+    if rl.slots is None:
+        return functools.partial(pg.sampling.generate, **options)
+    return functools.partial(pg.sampling.generate_continuous, num_slots=rl.slots, **options)
 
 
 def reference_of(policy: Policy, needed: bool) -> Any | None:

@@ -91,6 +91,9 @@ class RL:
     """Optimizer steps per pass."""
     slots: int | None = None
     """Sample by continuous batching with so many slots; default: all completions at once."""
+    routing_replay: Literal["none", "learner", "sampler"] = "none"
+    """For mixtures of experts: every update uses the experts that the learner chose before its
+    first update on the batch (R2), or those that the sampler used (R3)."""
 
 
 @dataclasses.dataclass(frozen=True)

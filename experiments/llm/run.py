@@ -38,6 +38,8 @@ class Run:
         self.mesh = pg.parallel.make_mesh(config.mesh)
         # What can be wrong with the model or the data is found before a directory is made.
         self.policy = build.load_policy(config, config.tuning, self.mesh, with_values=with_values)
+        if isinstance(config, GRPOConfig) and config.rl.routing_replay != "none":
+            build.check_mixture(self.policy.decoder)
         self.encode = problems.encoder(config.data, self.policy.tokenizer)
         parts = problems.load(config.data, config.task, config.test_task, config.seed)
         self.parts = problems.Parts(
@@ -190,9 +192,10 @@ def reinforce(config: GRPOConfig) -> report.Result:
             temperature=rl.temperature,
             reference_params=reference,
             frozen=policy.frozen,
-            generate=pg.sampling.generate
-            if rl.slots is None
-            else functools.partial(pg.sampling.generate_continuous, num_slots=rl.slots),
+            generate=build.sampler(rl),
+            prepare=jax.jit(functools.partial(pg.train.record_experts, policy.decoder))
+            if rl.routing_replay == "learner"
+            else None,
             extras=(lambda samples, batch: {"answer_ids": _answer_ids(policy, samples)})
             if config.objective == "copo"
             else None,

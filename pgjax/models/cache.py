@@ -173,7 +173,7 @@ def insert_prefix(
 
     Args:
       cache: with room for at least the prompts' width.
-      prefix: from `FunctionalDecoder.prefill`.
+      prefix: from `FunctionalDecoder.prefill`; both by layer or neither, see `by_layer`.
       rows: in [0, P), in any order and as often as wanted.
       slots: all different; those of S or more are left out.
 
@@ -190,6 +190,8 @@ def insert_prefix(
     newest = prefix.lengths[rows] - 1
 
     def insert(into: Array, source: Array) -> Array:
+        if into.ndim == 4:
+            return insert(into[None], source[None])[0]
         return into.at[:, slots].set(as_ring(source[:, rows], newest, into.shape[3]), mode="drop")
 
     return SlotCache(

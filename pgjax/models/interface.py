@@ -219,15 +219,26 @@ class FunctionalDecoder:
         Raises:
           ValueError: wrong ranks, dtypes or shapes.
         """
-        _checks.rank("tokens", tokens, 2)
-        _checks.integer(tokens=tokens, lengths=lengths)
-        slots = cache.keys[0].shape[-4]
-        if tokens.shape[0] != slots or jnp.shape(lengths) != (slots,):
-            raise ValueError(
-                f"tokens, lengths: expected one row for each of {slots} slots, got shapes "
-                f"{tokens.shape} and {jnp.shape(lengths)}"
-            )
+        _check_slots(tokens, cache, lengths)
         return self._merge(params).extend(tokens, cache, lengths)[:2]
+
+    def extend_with_routing(
+        self,
+        params: Params,
+        tokens: Int[Array, "S K"],
+        cache: SlotCache,
+        lengths: Int[Array, " S"],
+    ) -> tuple[Float[Array, "S K H"], SlotCache, Int[Array, "L S K k"]]:
+        """`extend`, and the experts used.
+
+        Raises:
+          ValueError: as `extend`, and where the decoder has no mixture of experts.
+        """
+        self._check_moe("extend_with_routing")
+        _check_slots(tokens, cache, lengths)
+        hidden, cache, experts = self._merge(params).extend(tokens, cache, lengths)
+        assert experts is not None
+        return hidden, cache, experts
 
     def logical_axes(self) -> Params:
         """A tree like the parameters with the logical names of each array's axes, as tuples."""
@@ -307,6 +318,17 @@ class FunctionalDecoder:
                 )
             if (ids[..., 1:] == ids[..., :-1]).any():
                 raise ValueError("experts: expected distinct ids for each token, got repeated ones")
+
+
+def _check_slots(tokens: Any, cache: SlotCache, lengths: Any) -> None:
+    _checks.rank("tokens", tokens, 2)
+    _checks.integer(tokens=tokens, lengths=lengths)
+    slots = cache.keys[0].shape[-4]
+    if tokens.shape[0] != slots or jnp.shape(lengths) != (slots,):
+        raise ValueError(
+            f"tokens, lengths: expected one row for each of {slots} slots, got shapes "
+            f"{tokens.shape} and {jnp.shape(lengths)}"
+        )
 
 
 def init(config: DecoderConfig, key: PRNGKeyArray) -> tuple[FunctionalDecoder, Params]:

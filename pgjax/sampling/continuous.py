@@ -20,6 +20,7 @@ from pgjax.models import (
     insert_prefix,
 )
 from pgjax.sampling import draw
+from pgjax.sampling.routes import assemble_experts
 from pgjax.sampling.samples import Samples, assemble
 
 
@@ -43,6 +44,7 @@ def generate_continuous(
     refill_size: int | None = None,
     prefill_size: int | None = None,
     max_tail_steps: int | None = None,
+    record_experts: bool = False,
 ) -> Samples:
     """Samples `num_samples` completions of each prompt, `num_slots` of them at a time.
 
@@ -67,6 +69,7 @@ def generate_continuous(
       prefill_size: prompts that are run together, to bound the memory that takes; None: all.
       max_tail_steps: after so many steps with an empty queue what is not done is cut off, marked
         `truncated`. None: everything is finished.
+      record_experts: as in `sampling.generate`.
 
     Returns:
       `Samples`, its `steps` counting steps of any number of slots.
@@ -121,6 +124,7 @@ def generate_continuous(
         max_new_tokens=max_new_tokens,
         refill_size=min(refill_size or max(num_slots // 8, 1), slots),
         prefill_size=min(prefill_size or num_prompts, num_prompts),
+        record_experts=record_experts,
     )
 
 
@@ -141,6 +145,7 @@ class _Results(NamedTuple):
     logprobs: Float[Array, "B N"]
     counts: Int[Array, " B"]
     stopped: Bool[Array, " B"]
+    experts: Int[Array, "B N L k"] | None  # the last token of each is never run
 
 
 class _Loop(NamedTuple):
@@ -155,6 +160,7 @@ class _Loop(NamedTuple):
     jax.jit,
     static_argnames=(
         *("decoder", "num_samples", "num_slots", "max_new_tokens", "refill_size", "prefill_size"),
+        "record_experts",
     ),
 )
 def _generate(
@@ -172,12 +178,15 @@ def _generate(
     max_new_tokens: int,
     refill_size: int,
     prefill_size: int,
+    record_experts: bool,
 ) -> Samples:
     num_prompts, width = prompts.shape
     total = num_prompts * num_samples
     row_keys = draw.row_keys(key, num_prompts, num_samples).reshape(total)
-    hidden, prefix = _prefill(decoder, params, prompts, prompt_lengths, prefill_size)
-    stepping = decoder.for_many_steps(params)
+    hidden, prefix, prompt_experts = _prefill(
+        decoder, params, prompts, prompt_lengths, prefill_size, record_experts=record_experts
+    )
+    stepping, prefix = decoder.for_many_steps(params), decoder.caches_for_many_steps(prefix)
 
     def sample(
         hidden: Array, request: Array, count: Array, results: _Results
@@ -201,6 +210,7 @@ def _generate(
             logprobs=write(results.logprobs, logprobs),
             counts=results.counts.at[request].set(count + 1, mode="drop"),
             stopped=results.stopped.at[request].set(stopped, mode="drop"),
+            experts=results.experts,
         )
         return tokens, stopped | (count + 1 >= budgets[row]), results
 
@@ -229,8 +239,17 @@ def _generate(
         # The newest token lies at the position after all the others; a free slot writes at 0.
         of_prompt = jnp.minimum(slots.request, total - 1) // num_samples
         lengths = jnp.where(busy, prompt_lengths[of_prompt] + slots.counts - 1, 0)
-        new, cache = decoder.extend(stepping, slots.newest[:, None], slots.cache, lengths)
-        tokens, done, results = sample(new[:, 0], slots.request, slots.counts, loop.results)
+        results, newest = loop.results, slots.newest[:, None]
+        if results.experts is None:
+            new, cache = decoder.extend(stepping, newest, slots.cache, lengths)
+        else:
+            new, cache, chosen = decoder.extend_with_routing(stepping, newest, slots.cache, lengths)
+            where = slots.request, slots.counts - 1
+            recorded = results.experts.at[where].set(
+                jnp.moveaxis(chosen[:, :, 0], 0, 1), mode="drop"
+            )
+            results = results._replace(experts=recorded)
+        tokens, done, results = sample(new[:, 0], slots.request, slots.counts, results)
         return loop._replace(
             steps=loop.steps + 1,
             tail_steps=loop.tail_steps + (loop.queued >= total),
@@ -266,7 +285,9 @@ def _generate(
             request=idle,
             newest=jnp.zeros_like(idle),
             counts=jnp.zeros_like(idle),
-            cache=empty_slot_cache(decoder.config, num_slots=num_slots, capacity=capacity),
+            cache=decoder.caches_for_many_steps(
+                empty_slot_cache(decoder.config, num_slots=num_slots, capacity=capacity)
+            ),
         ),
         results=_Results(
             tokens=jnp.zeros((total, max_new_tokens), jnp.int32),
@@ -274,6 +295,12 @@ def _generate(
             logprobs=jnp.zeros((total, max_new_tokens), jnp.float32),
             counts=jnp.zeros(total, jnp.int32),
             stopped=jnp.zeros(total, bool),
+            experts=None
+            if prompt_experts is None
+            else jnp.zeros(
+                (total, max_new_tokens, prompt_experts.shape[0], prompt_experts.shape[-1]),
+                jnp.int32,
+            ),
         ),
     )
     # Each width is compiled by itself; below a few slots a step costs the same anyway.
@@ -288,12 +315,20 @@ def _generate(
     def by_prompt(values: Array) -> Array:
         return values.reshape(num_prompts, num_samples, *values.shape[1:])
 
-    return assemble(
-        prompts,
-        prompt_lengths,
-        **{name: by_prompt(values) for name, values in loop.results._asdict().items()},
-        pad_token=settings.pad_token,
-        steps=loop.steps,
+    found = {
+        name: None if values is None else by_prompt(values)
+        for name, values in loop.results._asdict().items()
+    }
+    experts = found.pop("experts")
+    samples = assemble(
+        prompts, prompt_lengths, **found, pad_token=settings.pad_token, steps=loop.steps
+    )
+    if experts is None:
+        return samples
+    return samples.replace(
+        experts=assemble_experts(
+            prompt_experts, prompt_lengths, experts.transpose(2, 3, 0, 1, 4), found["counts"]
+        )
     )
 
 
@@ -304,28 +339,42 @@ def _keep(slots: _Slots, size: int, total: int) -> _Slots:
         request=slots.request[chosen],
         newest=slots.newest[chosen],
         counts=slots.counts[chosen],
-        cache=jax.tree.map(lambda rows: rows[:, chosen], slots.cache),
+        cache=jax.tree.map(lambda rows: jnp.take(rows, chosen, axis=-4), slots.cache),
     )
 
 
 def _prefill(
-    decoder: FunctionalDecoder, params: Any, prompts: Array, lengths: Array, size: int
-) -> tuple[Array, PrefixCache]:
-    """`decoder.prefill` of `size` prompts at a time."""
+    decoder: FunctionalDecoder,
+    params: Any,
+    prompts: Array,
+    lengths: Array,
+    size: int,
+    *,
+    record_experts: bool,
+) -> tuple[Array, PrefixCache, Int[Array, "L P Tp k"] | None]:
+    """`decoder.prefill` of `size` prompts at a time, and the prompts' experts where wanted."""
+
+    def run(tokens: Array, lengths: Array) -> tuple[Array, PrefixCache, Array | None]:
+        if not record_experts:
+            return *decoder.prefill(params, tokens, lengths), None
+        hidden, prefix, routing = decoder.prefill_with_routing(params, tokens, lengths)
+        return hidden, prefix, routing.experts
+
     count, width = prompts.shape
     if size >= count:
-        return decoder.prefill(params, prompts, lengths)
+        return run(prompts, lengths)
     chunks = -(-count // size)
     missing = chunks * size - count
     padded = jnp.pad(prompts, ((0, missing), (0, 0))).reshape(chunks, size, width)
     known = jnp.pad(lengths, (0, missing), constant_values=1).reshape(chunks, size)
-    hidden, prefix = jax.lax.map(lambda chunk: decoder.prefill(params, *chunk), (padded, known))
+    hidden, prefix, experts = jax.lax.map(lambda chunk: run(*chunk), (padded, known))
 
     def layers_first(rows: Array) -> Array:  # [chunks, L, size, ...] -> [L, P, ...]
         return rows.swapaxes(0, 1).reshape(rows.shape[1], -1, *rows.shape[3:])[:, :count]
 
-    return hidden.reshape(-1, hidden.shape[-1])[:count], PrefixCache(
-        keys=tuple(map(layers_first, prefix.keys)),
-        values=tuple(map(layers_first, prefix.values)),
-        lengths=lengths,
+    keys, values = (tuple(map(layers_first, part)) for part in (prefix.keys, prefix.values))
+    return (
+        hidden.reshape(-1, hidden.shape[-1])[:count],
+        PrefixCache(keys=keys, values=values, lengths=lengths),
+        None if experts is None else layers_first(experts),
     )

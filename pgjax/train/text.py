@@ -17,6 +17,7 @@ from pgjax.train.partial import combine
 from pgjax.train.rollouts import to_rollout
 from pgjax.train.state import TrainState
 from pgjax.train.update import Update
+from pgjax.types import Rollout
 
 # A batch of prompts: `prompts` int32[P, Tp], `prompt_lengths` int32[P], and whatever the reward
 # function reads, one row per prompt.
@@ -42,6 +43,7 @@ def make_text_step(
     frozen: Any | None = None,
     generate: Callable[..., sampling.Samples] = sampling.generate,
     extras: Callable[[sampling.Samples, PromptBatch], dict[str, Array]] | None = None,
+    prepare: Callable[[Any, Rollout], Rollout] | None = None,
     on_samples: Callable[[int, sampling.Samples, Any], None] | None = None,
 ) -> Step:
     """A step `(state, prompt batch) -> (state, metrics)` for `fit`.
@@ -63,6 +65,8 @@ def make_text_step(
       generate: how completions are sampled: `sampling.generate`, or another function of its
         arguments, such as `sampling.generate_continuous` with its `num_slots` bound.
       extras: what else the objective reads of each completion, such as `answer_ids`.
+      prepare: `(all parameters, rollout) -> rollout`, before the update, such as
+        `functools.partial(record_experts, decoder)`.
       on_samples: called with step, samples and rewards, for showing completions.
 
     Returns:
@@ -72,9 +76,10 @@ def make_text_step(
     def step(state: TrainState, batch: PromptBatch) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(state.key, state.step)
         sample_key, reward_key = jax.random.split(key)
+        params = combine(state.params, frozen)
         samples = generate(
             decoder,
-            combine(state.params, frozen)["decoder"],
+            params["decoder"],
             batch["prompts"],
             batch["prompt_lengths"],
             sample_key,
@@ -91,6 +96,8 @@ def make_text_step(
             on_samples(int(state.step) + 1, samples, scores)
         facts = None if extras is None else extras(samples, batch)
         rollout = to_rollout(samples, scores, extras=facts)
+        if prepare is not None:
+            rollout = prepare(params, rollout)
         state, metrics = update(state, rollout, reference_params, frozen)
         return state, {**metrics, "tokens": samples.mask.sum()}
 
