@@ -57,7 +57,7 @@ class Config:
     """Samples per question and step."""
     steps: int = 60
     """Updates."""
-    rates: tuple[float, ...] = (25.0, 50.0, 100.0, 200.0, 400.0)
+    rates: tuple[float, ...] = (6.25, 12.5, 25.0, 50.0, 100.0, 200.0, 400.0)
     """Learning rates tried for every method."""
     seeds: int = 14
     """Runs that are reported."""

@@ -47,7 +47,7 @@ class Config:
     """Updates."""
     group_size: int = 16
     """Episodes of a group; four groups an update."""
-    learning_rates: tuple[float, ...] = (1.0, 4.0)
+    learning_rates: tuple[float, ...] = (1.0, 4.0, 16.0, 64.0)
     """Of plain gradient ascent; each method gets the one with which it is fastest."""
     seeds: int = 10
     """Independent runs."""

@@ -63,7 +63,7 @@ class Config:
     """Updates a batch, off-policy."""
     every: int = 8
     """Batches between measurements."""
-    rates: tuple[float, ...] = (0.01, 0.03, 0.1)
+    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
     """Learning rates of Adam."""
     seeds: int = 5
     """Runs."""

@@ -55,7 +55,7 @@ class Config:
     """Of an answer."""
     choices: int = 6
     """Different digits."""
-    learning_rates: tuple[float, ...] = (0.03, 0.1, 0.3)
+    learning_rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
     """Of Adam; the largest at which GRPO's reward still doubles is used."""
     kl_coefficient: float = 0.04
     """Of the penalised GRPO."""

@@ -188,6 +188,42 @@ def test_blocks_of_queries_change_nothing(name, packed, monkeypatch):
     jax.tree.map(functools.partial(assert_close, tolerance=2e-4), found, expected)
 
 
+@pytest.mark.parametrize("name", ["plain", "local_global", "sinks"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_stages_of_queries_change_nothing(name, packed, monkeypatch):
+    """Also where they do not divide the row evenly."""
+    decoder, params = build(**VARIANTS[name])
+    tokens = np.random.default_rng(5).integers(0, 11, (2, 23))
+    options = {}
+    if packed:
+        ids = np.sort(np.random.default_rng(6).integers(0, 4, (2, 23)), axis=1)
+        options = {"segment_ids": ids}
+
+    def run(params):
+        return jnp.sin(decoder.apply(params, tokens, **options)).sum()
+
+    expected = jax.jit(jax.value_and_grad(run))(params)
+    monkeypatch.setattr(attention, "LEAST_STAGE", 5)
+    found = jax.jit(jax.value_and_grad(lambda p: run(p)))(params)
+    jax.tree.map(functools.partial(assert_close, tolerance=2e-4), found, expected)
+
+
+def test_keys_that_no_query_of_a_stage_sees_cost_nothing(monkeypatch):
+    query = jax.ShapeDtypeStruct((1, 512, 4, 16), jnp.float32)
+    key = jax.ShapeDtypeStruct((1, 2, 512, 16), jnp.float32)
+
+    def flops(window):
+        settings = attention.AttentionSettings(scale=0.25, window=window)
+        attend = functools.partial(attention.sequence_attention, settings=settings)
+        return jax.jit(attend).lower(query, key, key).compile().cost_analysis()["flops"]
+
+    staged, narrow = flops(None), flops(32)
+    monkeypatch.setattr(attention, "MAX_STAGES", 1)
+    whole = flops(None)
+    assert staged < 0.66 * whole  # (1 + 2 + 3 + 4) / 16 of the products
+    assert narrow < 0.33 * whole  # 128 to 159 of 512 keys in every stage
+
+
 def test_activation_memory_grows_linearly_in_length():
     def temporary(length):
         config = models.DecoderConfig(

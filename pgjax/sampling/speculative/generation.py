@@ -172,7 +172,8 @@ def _generate(
             capacity=width + max_new_tokens + num_draft_tokens,
             lookahead=num_draft_tokens + 1,
         )
-        return hidden, insert_prefix(empty, prefix, of_row, jnp.arange(rows))
+        held, given = map(decoder.caches_for_many_steps, (empty, prefix))
+        return hidden, insert_prefix(held, given, of_row, jnp.arange(rows))
 
     def propose(loop: _Loop, keys: Array) -> tuple[Array, Array, SlotCache]:
         def choose(hidden: Array, index: Array) -> tuple[Array, Array]:
