@@ -315,20 +315,24 @@ def _generate(
     def by_prompt(values: Array) -> Array:
         return values.reshape(num_prompts, num_samples, *values.shape[1:])
 
-    found = {
-        name: None if values is None else by_prompt(values)
-        for name, values in loop.results._asdict().items()
-    }
-    experts = found.pop("experts")
+    results = loop.results
+    counts = by_prompt(results.counts)
     samples = assemble(
-        prompts, prompt_lengths, **found, pad_token=settings.pad_token, steps=loop.steps
+        prompts,
+        prompt_lengths,
+        tokens=by_prompt(results.tokens),
+        behavior_logprobs=by_prompt(results.behavior_logprobs),
+        logprobs=by_prompt(results.logprobs),
+        counts=counts,
+        stopped=by_prompt(results.stopped),
+        pad_token=settings.pad_token,
+        steps=loop.steps,
     )
-    if experts is None:
+    if results.experts is None or prompt_experts is None:
         return samples
+    of_step = by_prompt(results.experts).transpose(2, 3, 0, 1, 4)
     return samples.replace(
-        experts=assemble_experts(
-            prompt_experts, prompt_lengths, experts.transpose(2, 3, 0, 1, 4), found["counts"]
-        )
+        experts=assemble_experts(prompt_experts, prompt_lengths, of_step, counts)
     )
 
 

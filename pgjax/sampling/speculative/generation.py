@@ -172,8 +172,8 @@ def _generate(
             capacity=width + max_new_tokens + num_draft_tokens,
             lookahead=num_draft_tokens + 1,
         )
-        held, given = map(decoder.caches_for_many_steps, (empty, prefix))
-        return hidden, insert_prefix(held, given, of_row, jnp.arange(rows))
+        cache, given = decoder.caches_for_many_steps(empty), decoder.caches_for_many_steps(prefix)
+        return hidden, insert_prefix(cache, given, of_row, jnp.arange(rows))
 
     def propose(loop: _Loop, keys: Array) -> tuple[Array, Array, SlotCache]:
         def choose(hidden: Array, index: Array) -> tuple[Array, Array]:
