@@ -59,6 +59,8 @@ class Config:
     """Of Adam; the largest at which GRPO's reward still doubles is used."""
     kl_coefficient: float = 0.04
     """Of the penalised GRPO."""
+    format_reward: float = 1.0
+    """For each format token in place; 10 more for the right digits in perfect format."""
     format_logit: float = 3.0
     """By which the format's tokens lead in the beginning."""
     quick: bool = False
@@ -84,7 +86,8 @@ def make_problem(config: Config) -> problems.TokenProblem:
         written = jnp.all(digits >= FIRST_DIGIT, axis=1)
         closed = written & (tokens[:, 2 + config.digits] == CLOSE)
         right = jnp.all(digits == answers[tokens[:, 0]], axis=1)
-        return opened * 1.0 + closed * 1.0 + (opened & closed & right) * 10.0
+        in_place = config.format_reward * (opened * 1.0 + closed * 1.0)
+        return in_place + (opened & closed & right) * 10.0
 
     def logits(params: Any, tokens: Array) -> Array:
         rows = params["shared"] + params["own"][tokens[:, 0]]
