@@ -1,8 +1,8 @@
 """Which tokens and samples carry gradient.
 
-Every function returns a boolean array; masks combine by `&`. Trust-region masks depend on the
-current policy and act inside a surrogate; selection masks depend on the whole batch and act in
-`Objective.prepare`.
+Masks are boolean arrays and combine by `&`. Trust-region masks depend on the current policy and act
+inside a surrogate; selection masks depend on the whole batch and act in `Objective.prepare`. What
+they are made from (curvatures, probabilities to be kept, weights of conflicts) is here too.
 """
 
 from pgjax.masks.conflict import Conflicts, conflict_tokens, conflict_weights
