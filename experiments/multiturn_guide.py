@@ -51,7 +51,7 @@ class Config:
     """Units of the recurrent policy."""
     learning_rate: float = 3e-3
     """Of Adam, the same for all."""
-    seeds: int = 3
+    seeds: int = 8
     """Independent runs."""
     out: pathlib.Path = pathlib.Path("runs/multiturn_guide")
     """Directory for results."""
