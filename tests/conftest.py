@@ -3,6 +3,7 @@
 import collections
 import importlib.metadata
 import os
+import signal
 
 import pytest
 
@@ -15,6 +16,10 @@ if "xla_backend_optimization_level" not in flags:
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = flags.strip()
+
+# A shell starts what runs in the background with interrupts ignored, and children inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
