@@ -10,9 +10,9 @@ the batch, without its token level; both levels at a fixed share; and D3S with i
 paper does not state where the schedule ends. That under a fifth of all tokens is used and nearly
 all chosen rows have a signal, which it does state, is impossible if all rows are used in the end,
 so the schedule stops before; that it goes on to all of them is shown as well. A larger step is no
-gain of the method, hence the tuning. Exits 1 if D3S does not come to the tuned
-GRPO's final reward with 60% of its update tokens, if fewer than 85% of its rows have a signal, or
-if the best learning rate of either lies at an end of the list, where it may not be the best.
+gain of the method, hence the tuning. Exits 1 if D3S does not come to the tuned GRPO's final reward
+with 60% of its update tokens, if fewer than 85% of its rows have a signal, or if the best learning
+rate of either lies at an end of the list, where it may not be the best.
 """
 
 from __future__ import annotations

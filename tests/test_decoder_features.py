@@ -171,7 +171,9 @@ def test_packed_rows_equal_separate_rows(name):
 
 @pytest.mark.parametrize("name", ["plain", "local_global", "sinks"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_blocks_of_queries_change_nothing(name, packed, monkeypatch):
+@pytest.mark.parametrize("size", ["QUERY_BLOCK", "LEAST_STAGE"])
+def test_parts_of_queries_change_nothing(name, packed, size, monkeypatch):
+    """Neither blocks nor stages, which do not divide the row evenly."""
     decoder, params = build(**VARIANTS[name])
     tokens = np.random.default_rng(5).integers(0, 11, (2, 23))
     options = {}
@@ -183,27 +185,7 @@ def test_blocks_of_queries_change_nothing(name, packed, monkeypatch):
         return jnp.sin(decoder.apply(params, tokens, **options)).sum()
 
     expected = jax.jit(jax.value_and_grad(run))(params)
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 5)
-    found = jax.jit(jax.value_and_grad(lambda p: run(p)))(params)
-    jax.tree.map(functools.partial(assert_close, tolerance=2e-4), found, expected)
-
-
-@pytest.mark.parametrize("name", ["plain", "local_global", "sinks"])
-@pytest.mark.parametrize("packed", [False, True])
-def test_stages_of_queries_change_nothing(name, packed, monkeypatch):
-    """Also where they do not divide the row evenly."""
-    decoder, params = build(**VARIANTS[name])
-    tokens = np.random.default_rng(5).integers(0, 11, (2, 23))
-    options = {}
-    if packed:
-        ids = np.sort(np.random.default_rng(6).integers(0, 4, (2, 23)), axis=1)
-        options = {"segment_ids": ids}
-
-    def run(params):
-        return jnp.sin(decoder.apply(params, tokens, **options)).sum()
-
-    expected = jax.jit(jax.value_and_grad(run))(params)
-    monkeypatch.setattr(attention, "LEAST_STAGE", 5)
+    monkeypatch.setattr(attention, size, 5)
     found = jax.jit(jax.value_and_grad(lambda p: run(p)))(params)
     jax.tree.map(functools.partial(assert_close, tolerance=2e-4), found, expected)
 
