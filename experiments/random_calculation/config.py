@@ -62,7 +62,7 @@ class Warmup:
 class RL:
     """Reinforcement."""
 
-    steps: int = 300
+    steps: int = 200
     """Rollout batches."""
     prompts: int = 32
     """Prompts per step."""
