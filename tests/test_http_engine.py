@@ -124,24 +124,14 @@ def serve(server):
                 server.active += 1
                 server.most_active = max(server.most_active, server.active)
             try:
-                self.reply(body, fault)
-            finally:
+                status, content = self.reply(body, fault)
+            finally:  # before it is sent: a client that has the answer may ask again at once
                 with server.lock:
                     server.active -= 1
-
-        def reply(self, body, fault):
             if fault == "drop":
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return
-            if fault == "hang":
-                threading.Event().wait(1.0)
-            status, content = 200, b""
-            if isinstance(fault, int):
-                status, content = fault, b"the cause is this"
-            elif fault != "hang":
-                answer = server.change(server.answer(self.path, body))
-                content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
             with contextlib.suppress(OSError):  # a client that has gone
                 self.send_response(status)
                 if server.retry_after is not None:
@@ -149,6 +139,16 @@ def serve(server):
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
+
+        def reply(self, body, fault):
+            if fault == "hang":
+                threading.Event().wait(1.0)
+            if isinstance(fault, int):
+                return fault, b"the cause is this"
+            if fault in ("hang", "drop"):
+                return 200, b""
+            answer = server.change(server.answer(self.path, body))
+            return 200, answer if isinstance(answer, bytes) else json.dumps(answer).encode()
 
         def log_message(self, *args):
             pass
