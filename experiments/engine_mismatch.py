@@ -166,7 +166,7 @@ def run(config: Config) -> reproduction.Findings:
     if config.quick:
         task = dataclasses.replace(task, prompts=2, group_size=4)
         config = dataclasses.replace(
-            config, width=16, pretraining=5, batches=4, minibatches=2, rates=(0.001,), seeds=2
+            config, width=16, pretraining=0, batches=4, minibatches=2, rates=(0.001,), seeds=2
         )
     experts = pg.models.MoEConfig(
         num_experts=config.experts,

@@ -93,7 +93,7 @@ def run(config: Config) -> reproduction.Findings:
             tuning_seeds=1,
             steps=6,
             warm_up=2,
-            pretraining=5,
+            pretraining=0,
             learning_rates=(0.001,),
             width=16,
         )

@@ -102,11 +102,13 @@ def pretrained(
     learning_rate: float = 3e-3,
 ) -> Any:
     """Parameters after that many updates of Adam on 64 demonstrations each."""
+    params = {"decoder": pg.models.init(decoder.config, key)[1]}
+    if updates == 0:
+        return params
     optimizer = optax.adam(learning_rate)
     imitate = pg.train.make_update(
         pg.train.language_model_outputs(decoder), objectives.supervised(), optimizer
     )
-    params = {"decoder": pg.models.init(decoder.config, key)[1]}
     state = pg.train.TrainState(
         params=params, opt_state=optimizer.init(params), step=jnp.int32(0), key=key
     )
