@@ -96,6 +96,7 @@ def learn(
         return digits.sample(task, decoder, engine(config, params), key, record_experts=True)
 
     def prepare(params: Any, rollout: pg.Rollout) -> pg.Rollout:
+        rollout = rollout.replace(extras={"engine_logprobs": rollout.behavior_logprobs})
         if arm == "clip + R3":
             return rollout
         if arm == "clip + R2":
@@ -108,7 +109,9 @@ def learn(
 
     def measure(state: pg.train.TrainState, rollout: pg.Rollout) -> dict[str, Array]:
         own = outputs(state.params, rollout.replace(experts=None), frozenset()).logprobs
-        seen = surrogate_gap.sampled_mismatch(own, rollout.behavior_logprobs, rollout.mask)
+        assert rollout.extras is not None
+        engines = rollout.extras["engine_logprobs"]
+        seen = surrogate_gap.sampled_mismatch(own, engines, rollout.mask)
         return {"KL(engine, learner)": seen.divergence}
 
     return digits.learn(
