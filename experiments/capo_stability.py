@@ -117,8 +117,8 @@ def run(config: Config) -> reproduction.Findings:
             )
     table = {
         f"{name} {factor:g}x": {
-            "best reward": smooth(x["reward"]).max(1),
-            "final reward": smooth(x["reward"])[:, -1],
+            "best reward": reproduction.smooth(x["reward"]).max(1),
+            "final reward": reproduction.smooth(x["reward"])[:, -1],
             "collapsed": collapsed(x["reward"]),
             "rejected": x["rejected"].mean(1),
         }
@@ -168,15 +168,9 @@ def run(config: Config) -> reproduction.Findings:
     )
 
 
-def smooth(rewards: np.ndarray) -> np.ndarray:
-    """Means over ten neighbouring measurements, or what there is."""
-    width = min(10, rewards.shape[1])
-    return np.stack([np.convolve(x, np.full(width, 1 / width), "valid") for x in rewards])
-
-
 def collapsed(rewards: np.ndarray) -> np.ndarray:
     """1 for runs that end below a fifth of their best."""
-    curve = smooth(rewards)
+    curve = reproduction.smooth(rewards)
     return (curve[:, -1] < 0.2 * curve.max(1)).astype(float)
 
 

@@ -183,7 +183,7 @@ def run(config: Config) -> reproduction.Findings:
     for arm in ON_POLICY + off_policy:
         found = learn(arm, config, task, decoder)
         for index, rate in enumerate(config.rates):
-            curves[arm, rate] = {name: digits.smooth(x[index]) for name, x in found.items()}
+            curves[arm, rate] = {name: reproduction.smooth(x[index]) for name, x in found.items()}
     best = {
         arm: max(config.rates, key=lambda rate: curves[arm, rate]["reward"][:, -1].mean())
         for arm in ON_POLICY

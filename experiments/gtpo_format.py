@@ -79,7 +79,7 @@ def methods(config: Config) -> dict[str, pg.Objective]:
 
 def lost(formed: Float[np.ndarray, "S K"], warm_up: int) -> Float[np.ndarray, " S"]:
     """By how much each run's format rate falls below its best so far, at most."""
-    formed = digits.smooth(formed[:, warm_up:])
+    formed = reproduction.smooth(formed[:, warm_up:])
     return np.max(np.maximum.accumulate(formed, axis=1) - formed, axis=1)
 
 
@@ -130,7 +130,7 @@ def run(config: Config) -> reproduction.Findings:
         for index, rate in enumerate(at):
             found[f"{name}, {rate:g}"] = {column: x[index] for column, x in curves.items()}
     after = {
-        name: {column: digits.smooth(x[column][:, config.warm_up :]) for column in x}
+        name: {column: reproduction.smooth(x[column][:, config.warm_up :]) for column in x}
         for name, x in found.items()
     }
     table = {

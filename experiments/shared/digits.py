@@ -235,9 +235,3 @@ def learn(
 def increasing(steps: int, rate: Any) -> optax.Schedule:
     """A tenth of a learning rate, growing to the whole over the first steps."""
     return optax.linear_schedule(0.1 * rate, rate, steps)
-
-
-def smooth(curves: Float[np.ndarray, "S K"], width: int = 10) -> Float[np.ndarray, "S L"]:
-    """Means over so many neighbouring steps, or what there is."""
-    width = min(width, curves.shape[1])
-    return np.stack([np.convolve(x, np.full(width, 1 / width), "valid") for x in curves])

@@ -53,6 +53,12 @@ def band(steps: Any, curves: Float[np.ndarray, "S K"]) -> tuple[Any, Any, Any, A
     return np.asarray(steps), mean, mean - error, mean + error
 
 
+def smooth(curves: Float[np.ndarray, "S K"], width: int = 10) -> Float[np.ndarray, "S L"]:
+    """Means over so many neighbouring steps, or what there is."""
+    width = min(width, curves.shape[1])
+    return np.stack([np.convolve(x, np.full(width, 1 / width), "valid") for x in curves])
+
+
 def above(
     text: str, values: Float[np.ndarray, " S"], threshold: float, *, format: str = ".3f"
 ) -> Claim:
