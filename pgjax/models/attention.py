@@ -256,7 +256,10 @@ def _stage(
 
     def attend(block: Array, start: Array | int) -> Array:
         """Of this stage's queries `start`, `start + 1`, ..."""
-        scores = soft_capped(_scores("bkrtd,bksd->bkrts", block, keys), settings.soft_cap)
+        # Queries of one key-value head as one axis: with two, XLA transposes in the backward pass.
+        flat = block.reshape(*block.shape[:2], -1, block.shape[-1])
+        scores = _scores("bkqd,bksd->bkqs", flat, keys).reshape(*block.shape[:4], -1)
+        scores = soft_capped(scores, settings.soft_cap)
         rows = first + start + jnp.arange(size)
         mask = attendable(rows[:, None], positions, window=settings.window)
         if ids is not None:
@@ -265,8 +268,9 @@ def _stage(
             mask = mask & same[:, None, None]
         if padding:  # padded queries see the last key, so that no row of weights is empty
             mask = mask | ((rows >= end)[:, None] & (positions == end - 1))
-        weights = masked_softmax(scores, mask, sinks)
-        return jnp.einsum("bkrts,bksd->bkrtd", weights.astype(values.dtype), values)
+        weights = masked_softmax(scores, mask, sinks).astype(values.dtype)
+        weights = weights.reshape(*flat.shape[:3], -1)
+        return jnp.einsum("bkqs,bksd->bkqd", weights, values).reshape(block.shape)
 
     if blocks == 1:
         return attend(queries, 0)
@@ -285,11 +289,13 @@ class CachePart(NamedTuple):
       keys, values: `[P, kv_heads, C, D]` where a row's queries share them, `[P, kv_heads, G, C, D]`
         where each of its G queries has its own.
       mask: bool, `[P, G or 1, C]`.
+      slots_last: keys are `[..., D, C]`, as products with few queries are fastest on CPUs.
     """
 
     keys: Array
     values: Array
     mask: Array
+    slots_last: bool = False
 
 
 def cached_attention(
@@ -318,11 +324,11 @@ def cached_attention(
     # matrix products, for which no cache has to be transposed.
     grouped = query.reshape(prompts, samples, kv_heads, -1, dim).transpose(0, 2, 1, 3, 4)
     grouped = grouped * settings.scale
-    shapes = ["pksd" if part.keys.ndim == 4 else "pkgsd" for part in parts]
+    owners = ["pk" if part.keys.ndim == 4 else "pkg" for part in parts]
     scores = jnp.concatenate(
         [
-            _scores(f"pkgrd,{shape}->pkgrs", grouped, part.keys)
-            for part, shape in zip(parts, shapes, strict=True)
+            _scores(f"pkgrd,{owner}{'ds' if part.slots_last else 'sd'}->pkgrs", grouped, part.keys)
+            for part, owner in zip(parts, owners, strict=True)
         ],
         axis=-1,
     )
@@ -335,9 +341,9 @@ def cached_attention(
     weights = masked_softmax(scores, mask[:, None, :, None], row_sinks)
     weights = weights.astype(parts[0].values.dtype)
     out, start = None, 0
-    for part, shape in zip(parts, shapes, strict=True):
+    for part, owner in zip(parts, owners, strict=True):
         end = start + part.mask.shape[2]
-        attended = jnp.einsum(f"pkgrs,{shape}->pkgrd", weights[..., start:end], part.values)
+        attended = jnp.einsum(f"pkgrs,{owner}sd->pkgrd", weights[..., start:end], part.values)
         out, start = attended if out is None else out + attended, end
     assert out is not None
     return out.transpose(0, 2, 1, 3, 4).reshape(prompts, samples, heads, dim)

@@ -71,11 +71,12 @@ def layers_of_kind(config: DecoderConfig, kind: int) -> list[int]:
 
 
 def by_layer(cache: AnyCache, config: DecoderConfig) -> AnyCache:
-    """The same cache with an array for each layer, without the layers' axis, not one for each kind.
+    """The same cache with an array for each layer, and its keys with the slots' axis last.
 
     A program that names its layers one by one then reads and writes each layer's array as it lies,
-    where it would copy a slice out of the kind's. The samples' axis of a completion cache is left
-    out where there is one sample a prompt: products over an axis of size 1 would copy as well.
+    where it would copy a slice out of the kind's, and multiplies queries with keys where it would
+    transpose them first. The samples' axis of a completion cache is left out where there is one
+    sample a prompt: products over an axis of size 1 would copy as well.
     """
     places: list[tuple[int, int]] = []
     for kind in config.kind_indices:
@@ -85,7 +86,8 @@ def by_layer(cache: AnyCache, config: DecoderConfig) -> AnyCache:
         layers = [arrays[kind][index] for kind, index in places]
         return tuple(x[:, :, 0] if x.ndim == 5 and x.shape[2] == 1 else x for x in layers)
 
-    return dataclasses.replace(cache, keys=split(cache.keys), values=split(cache.values))
+    keys = tuple(x.swapaxes(-1, -2) for x in split(cache.keys))
+    return dataclasses.replace(cache, keys=keys, values=split(cache.values))
 
 
 def empty_completion_cache(
@@ -157,13 +159,18 @@ def ring_positions(
     return positions, positions >= 0
 
 
-def as_ring(
-    rows: Float[Array, "L P kv_heads T D"], newest: Int[Array, " P"], capacity: int
-) -> Float[Array, "L P kv_heads C D"]:
-    """Rows that hold position p in slot `p mod T`, as rings of another capacity."""
+def as_ring(rows: Array, newest: Int[Array, " P"], capacity: int, *, axis: int = -2) -> Array:
+    """Rows that hold position p in slot `p mod T`, as rings of another capacity.
+
+    Args:
+      rows: `[*L, P, kv_heads, T, D]`, or `[*L, P, kv_heads, D, T]` with axis -1.
+      newest: last position of each row.
+      capacity: C, which takes the place of T.
+      axis: of the slots, -2 or -1.
+    """
     positions, _ = ring_positions(newest, capacity)
-    source = positions % rows.shape[3]
-    return jnp.take_along_axis(rows, source[None, :, None, :, None], axis=3)
+    source = jnp.expand_dims(positions % rows.shape[axis], (1, -3 - axis))
+    return jnp.take_along_axis(rows, source[(None,) * (rows.ndim - 4)], axis=axis)
 
 
 def insert_prefix(
@@ -189,12 +196,13 @@ def insert_prefix(
     _checks.same_shape(rows=rows, slots=slots)
     newest = prefix.lengths[rows] - 1
 
-    def insert(into: Array, source: Array) -> Array:
-        if into.ndim == 4:
-            return insert(into[None], source[None])[0]
-        return into.at[:, slots].set(as_ring(source[:, rows], newest, into.shape[3]), mode="drop")
+    def insert(into: Array, source: Array, axis: int) -> Array:
+        whole = (slice(None),) * (into.ndim - 4)
+        ring = as_ring(source[*whole, rows], newest, into.shape[axis], axis=axis)
+        return into.at[*whole, slots].set(ring, mode="drop")
 
+    keys_axis = -2 if cache.keys[0].ndim == 5 else -1
     return SlotCache(
-        keys=tuple(insert(*pair) for pair in zip(cache.keys, prefix.keys, strict=True)),
-        values=tuple(insert(*pair) for pair in zip(cache.values, prefix.values, strict=True)),
+        keys=tuple(insert(*x, keys_axis) for x in zip(cache.keys, prefix.keys, strict=True)),
+        values=tuple(insert(*x, -2) for x in zip(cache.values, prefix.values, strict=True)),
     )

@@ -119,30 +119,33 @@ class Decoder(nnx.Module):
             array, index = place
             query, key = _rotated(query, key, tables[kind])
 
-            def write(cached: Array, rows: Array) -> Array:
-                rows = rows.swapaxes(1, 2)[:, :, :, None]  # [P, kv_heads, G, 1, D]
-                start: list[Any] = [0, 0, 0, step % cached.shape[-2], 0]
+            def write(cached: Array, rows: Array, axis: int) -> Array:
+                rows = rows.swapaxes(1, 2)  # [P, kv_heads, G, D]
+                if index is None and cached.ndim == 4:
+                    rows = rows[:, :, 0]
+                slot = jnp.expand_dims(rows, axis)
+                start: list[Any] = [0] * slot.ndim
+                start[axis] = step % cached.shape[axis]
                 if index is None:
-                    return jax.lax.dynamic_update_slice(
-                        cached, rows.reshape(*cached.shape[:-2], 1, -1), start[5 - cached.ndim :]
-                    )
-                return jax.lax.dynamic_update_slice(cached, rows[None], [index, *start])
+                    return jax.lax.dynamic_update_slice(cached, slot, start)
+                return jax.lax.dynamic_update_slice(cached, slot[None], [index, *start])
 
-            keys, values = write(cache[0], key), write(cache[1], new)
+            by_layer = index is None
+            keys, values = write(cache[0], key, -1 if by_layer else -2), write(cache[1], new, -2)
             prompt_keys = _at(prefix.keys[array], index)
             prompt_values = _at(prefix.values[array], index)
-            held, real = ring_positions(prefix.lengths - 1, prompt_keys.shape[2])
+            held, real = ring_positions(prefix.lengths - 1, prompt_values.shape[2])
             # Slots of a prompt's padding hold nothing, whatever position they stand for.
             seen = real & attention.attendable(positions, held, window=settings.window)
-            steps, taken = ring_positions(step, keys.shape[-2])
+            steps, taken = ring_positions(step, values.shape[-2])
             own = taken & attention.attendable(
                 positions, prefix.lengths[:, None] + steps, window=settings.window
             )
             attended = attention.cached_attention(
                 query,
                 (
-                    CachePart(prompt_keys, prompt_values, seen[:, None]),
-                    CachePart(_at(keys, index), _at(values, index), own[:, None]),
+                    CachePart(prompt_keys, prompt_values, seen[:, None], by_layer),
+                    CachePart(_at(keys, index), _at(values, index), own[:, None], by_layer),
                 ),
                 settings=settings,
                 sinks=sinks,
@@ -179,20 +182,22 @@ class Decoder(nnx.Module):
             settings = self._settings(kind)
             query, key = _rotated(query, key, tables[kind])
             index = place[1]
-            capacity = cache[0].shape[-2]
+            by_layer = index is None
+            capacity = cache[1].shape[-2]
             # A ring wraps around; a cache of whole rows does not, and drops what is beyond it.
             column = positions if settings.window is None else positions % capacity
 
-            def write(cached: Array, rows: Array) -> Array:
-                where = (slots, slice(None), column)
-                return cached.at[where if index is None else (index, *where)].set(rows, mode="drop")
+            def write(cached: Array, rows: Array, *before: Any) -> Array:
+                where = (slots, slice(None), *before, column)
+                return cached.at[where if by_layer else (index, *where)].set(rows, mode="drop")
 
-            keys, values = write(cache[0], key), write(cache[1], new)
+            keys = write(cache[0], key, *((slice(None),) if by_layer else ()))
+            values = write(cache[1], new)
             held, real = ring_positions(newest, capacity)
             mask = real[:, None] & attention.attendable(
                 positions[:, :, None], held[:, None], window=settings.window
             )
-            part = CachePart(_at(keys, index), _at(values, index), mask)
+            part = CachePart(_at(keys, index), _at(values, index), mask, by_layer)
             attended = attention.cached_attention(query, (part,), settings=settings, sinks=sinks)
             return attended, keys, values
 

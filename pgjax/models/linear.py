@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -166,7 +167,14 @@ def ragged_project(
 
 
 def _contract(x: Array, weight: Array, in_axes: int) -> Array:
-    return jnp.tensordot(x, weight, axes=in_axes)
+    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+        return jnp.tensordot(x, weight, axes=in_axes)
+    # As a product of two matrices: between several axes of rows and the gradient of the weight XLA
+    # puts transposes on CPUs that cost as much as the product. Devices may each hold a part of
+    # several of these axes, which then cannot be one.
+    batch, out = x.shape[: x.ndim - in_axes], weight.shape[in_axes:]
+    rows = x.reshape(math.prod(batch), -1)
+    return (rows @ weight.reshape(rows.shape[1], -1)).reshape(*batch, *out)
 
 
 # Rematerialised, so that a scan over layers keeps for its backward pass the arrays it was given
