@@ -114,22 +114,20 @@ def learn(
         seen = surrogate_gap.sampled_mismatch(own, engines, rollout.mask)
         return {"KL(engine, learner)": seen.divergence}
 
-    return digits.learn(
+    curves = digits.learner(
         task,
         decoder,
         objective(arm),
         lambda rate: optax.adam(digits.increasing(10, rate)),
-        rates=config.rates,
-        seeds=config.seeds,
         steps=config.batches,
         pretraining=config.pretraining,
         reward=lambda formed, right: formed * right,
         draw=draw,
         prepare=prepare,
         measure=measure,
-        label=arm,
         num_minibatches=config.minibatches if arm in OFF_POLICY else 1,
     )
+    return curves(rates=config.rates, seeds=config.seeds, label=arm)
 
 
 def gaps(seeds: int) -> dict[str, Float[np.ndarray, "S K"]]:

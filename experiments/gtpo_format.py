@@ -17,7 +17,6 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import optax
@@ -99,8 +98,8 @@ def run(config: Config) -> reproduction.Findings:
         )
     decoder = digits.make_decoder(task, width=config.width)
 
-    def learn(objective: pg.Objective, **options: Any) -> dict[str, np.ndarray]:
-        return digits.learn(
+    def learner(objective: pg.Objective) -> digits.Curves:
+        return digits.learner(
             task,
             decoder,
             objective,
@@ -108,11 +107,10 @@ def run(config: Config) -> reproduction.Findings:
             steps=config.steps,
             pretraining=config.pretraining,
             reward=reward,
-            **options,
         )
 
-    tuning = learn(
-        objectives.grpo(),
+    grpo_curves = learner(objectives.grpo())
+    tuning = grpo_curves(
         rates=config.learning_rates,
         seeds=config.tuning_seeds,
         first_seed=1000,
@@ -126,7 +124,7 @@ def run(config: Config) -> reproduction.Findings:
     found: dict[str, dict[str, np.ndarray]] = {}
     for name, objective in methods(config).items():
         at = rates if name in COMPARED else rates[:1]
-        curves = learn(objective, rates=at, seeds=config.seeds, label=name)
+        curves = learner(objective)(rates=at, seeds=config.seeds, label=name)
         for index, rate in enumerate(at):
             found[f"{name}, {rate:g}"] = {column: x[index] for column, x in curves.items()}
     after = {

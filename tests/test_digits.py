@@ -35,6 +35,34 @@ def test_demonstrations_are_well_formed_and_right_as_often_as_they_should_be():
     np.testing.assert_array_equal(rollout.mask.sum(1), TASK.count + 2)
 
 
+def test_each_kind_of_prompt_is_demonstrated_rightly_as_often_as_it_should_be():
+    task = digits.Digits(count=2, choices=4, demonstrated=(1.0, 0.5, 0.0))
+    rollout = digits._demonstrations(task, jax.random.key(0), 6000)
+    _, right = task.grade(rollout.tokens)
+    prompts = rollout.tokens[:, : task.prompt_length]
+    which = np.argmax(np.all(prompts[:, None] == task.every_prompt()[None], axis=-1), axis=1)
+    for kind, share in enumerate(task.demonstrated):
+        of_kind = np.asarray(right == 1)[task.kinds()[which] == kind]
+        expected = share + (1 - share) / task.choices**2
+        assert abs(of_kind.mean() - expected) <= 4 * (0.25 / len(of_kind)) ** 0.5
+
+
+def test_accuracy_is_the_probability_of_the_one_right_answer():
+    task = digits.Digits(count=2, choices=3)
+    decoder = digits.make_decoder(task, width=16)
+    params = {"decoder": pg.models.init(decoder.config, jax.random.key(1))[1]}
+    prompts = task.every_prompt()
+    answers = [[digits.OPEN, *row[:2], digits.CLOSE] for row in prompts]
+    rows = jnp.asarray(np.concatenate([prompts, answers], axis=1))
+    hidden = decoder.apply(params["decoder"], rows)
+    probabilities = np.asarray(jax.nn.softmax(decoder.logits(params["decoder"], hidden)))
+    expected = [
+        np.prod([probabilities[i, 2 + t, token] for t, token in enumerate(answer)])
+        for i, answer in enumerate(answers)
+    ]
+    np.testing.assert_allclose(digits.accuracy(task, decoder, params), expected, rtol=1e-5)
+
+
 def test_the_engine_has_the_learners_weights_with_few_bits_and_other_routers():
     experts = pg.models.MoEConfig(
         num_experts=4, experts_per_token=1, expert_size=16, normalize_weights=False

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -34,14 +34,15 @@ class Digits:
     Attributes:
       count: digits in a prompt, and in its answer.
       choices: different digits.
-      demonstrated: share of demonstrations whose digits are right.
+      demonstrated: share of demonstrations whose digits are right, or one such share for each
+        kind of prompt: `every_prompt` goes through the kinds in turn.
       prompts: drawn for every batch, all different.
       group_size: completions of each.
     """
 
     count: int = 2
     choices: int = 6
-    demonstrated: float = 0.3
+    demonstrated: float | tuple[float, ...] = 0.3
     prompts: int = 16
     group_size: int = 8
 
@@ -62,6 +63,10 @@ class Digits:
         digits = range(FIRST_DIGIT, self.vocab_size)
         rows = [(*row, ASK) for row in itertools.product(digits, repeat=self.count)]
         return np.array(rows, np.int32)
+
+    def kinds(self) -> np.ndarray:
+        """Of which kind each of `every_prompt` is."""
+        return np.arange(self.choices**self.count) % np.size(self.demonstrated)
 
     def grade(self, tokens: Array) -> tuple[Bool[Array, " B"], Float[Array, " B"]]:
         """Whether each completion is well formed, and its share of right digits in place."""
@@ -121,14 +126,29 @@ def pretrained(
 
 def _demonstrations(task: Digits, key: PRNGKeyArray, size: int) -> pg.Rollout:
     prompt_key, digits_key, right_key = jax.random.split(key, 3)
-    prompts = jax.random.choice(prompt_key, jnp.asarray(task.every_prompt()), (size,))
+    drawn = jax.random.randint(prompt_key, (size,), 0, len(task.every_prompt()))
+    prompts = jnp.asarray(task.every_prompt())[drawn]
+    shares = jnp.atleast_1d(jnp.asarray(task.demonstrated))[jnp.asarray(task.kinds())[drawn]]
     digits = jax.random.randint(digits_key, (size, task.count), FIRST_DIGIT, task.vocab_size)
-    right = jax.random.uniform(right_key, (size, 1)) < task.demonstrated
+    right = jax.random.uniform(right_key, (size, 1)) < shares[:, None]
     digits = jnp.where(right, prompts[:, : task.count], digits)
+    return pg.train.demonstrations(*_answered(task, prompts, digits))
+
+
+def _answered(task: Digits, prompts: Array, digits: Array) -> tuple[Array, Bool[Array, "B T"]]:
+    """Prompts with these digits as well-formed answers, and which tokens are the answers'."""
     rows = jnp.concatenate([prompts, jnp.pad(digits, ((0, 0), (1, 1)))], axis=1)
     rows = rows.at[:, task.prompt_length].set(OPEN).at[:, -1].set(CLOSE)
-    mask = jnp.broadcast_to(jnp.arange(rows.shape[1]) >= task.prompt_length, rows.shape)
-    return pg.train.demonstrations(rows, mask)
+    return rows, jnp.broadcast_to(jnp.arange(rows.shape[1]) >= task.prompt_length, rows.shape)
+
+
+def accuracy(task: Digits, decoder: pg.models.FunctionalDecoder, params: Any) -> Float[Array, " P"]:
+    """The probability of the right, well-formed answer to each of `every_prompt`, exact."""
+    prompts = jnp.asarray(task.every_prompt())
+    rows, mask = _answered(task, prompts, prompts[:, : task.count])
+    outputs = pg.train.language_model_outputs(decoder)
+    found = outputs(params, pg.train.demonstrations(rows, mask), frozenset())
+    return jnp.exp(jnp.sum(jnp.where(mask, found.logprobs, 0.0), axis=1))
 
 
 def sample(
@@ -155,41 +175,44 @@ def sample(
     )
 
 
-def learn(
+class Curves(Protocol):
+    """Runs at every rate from every seed, and their curves; see `learner`."""
+
+    def __call__(
+        self, *, rates: Sequence[float], seeds: int, first_seed: int = 0, label: str = "runs"
+    ) -> dict[str, Float[np.ndarray, "R S K"]]: ...
+
+
+def learner(
     task: Digits,
     decoder: pg.models.FunctionalDecoder,
     objective: pg.Objective,
     make_optimizer: Callable[[Any], optax.GradientTransformation],
     *,
-    rates: Sequence[float],
-    seeds: int,
     steps: int,
     pretraining: int,
     reward: Callable[[Array, Array], Array],
-    first_seed: int = 0,
     draw: Callable[[Any, PRNGKeyArray], pg.sampling.Samples] | None = None,
     prepare: Callable[[Any, pg.Rollout], pg.Rollout] | None = None,
     measure: Callable[[pg.train.TrainState, pg.Rollout], dict[str, Array]] | None = None,
-    label: str = "runs",
     **update_options: Any,
-) -> dict[str, Float[np.ndarray, "R S K"]]:
-    """Curves of reinforcement over steps, by learning rate and seed.
+) -> Curves:
+    """Reinforcement of the task by one method, compiled once for all learning rates and seeds.
 
     Args:
       task, decoder: what is learnt by what.
       objective: with which loss; the reference policy is the pretrained one.
       make_optimizer: from a learning rate.
-      rates, seeds, first_seed: of the runs.
       steps: batches.
       pretraining: updates of `pretrained`.
       reward: of `Digits.grade`'s two answers.
       draw: `(params, key) -> samples`; default: `sample` from the policy itself.
       prepare: `(params, rollout) -> rollout`, before the update.
       measure: further numbers, from the state before the update and the prepared rollout.
-      label: of the progress bar.
       **update_options: of `train.make_update`.
 
     Returns:
+      a function of `rates`, `seeds`, `first_seed` and the progress bar's `label`. It gives
       `[R, S, K]` for each metric of the update and of `measure`, and for `formed`, `right`.
     """
     outputs = pg.train.language_model_outputs(decoder, support_size=task.vocab_size)
@@ -226,10 +249,15 @@ def learn(
         start = pretrained(task, decoder, start_key, updates=pretraining)
         return jax.tree.map(np.asarray, run(jnp.float32(rate), start, draw_key))
 
-    pairs = list(itertools.product(rates, range(first_seed, first_seed + seeds)))
-    curves = [curves_of(rate, seed) for rate, seed in reproduction.track(pairs, label)]
-    shape = (len(rates), seeds, steps)
-    return {name: np.stack([c[name] for c in curves]).reshape(shape) for name in curves[0]}
+    def curves(
+        *, rates: Sequence[float], seeds: int, first_seed: int = 0, label: str = "runs"
+    ) -> dict[str, np.ndarray]:
+        pairs = list(itertools.product(rates, range(first_seed, first_seed + seeds)))
+        found = [curves_of(rate, seed) for rate, seed in reproduction.track(pairs, label)]
+        shape = (len(rates), seeds, steps)
+        return {name: np.stack([x[name] for x in found]).reshape(shape) for name in found[0]}
+
+    return curves
 
 
 def increasing(steps: int, rate: Any) -> optax.Schedule:
