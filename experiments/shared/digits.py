@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 import pgjax as pg
 from experiments.shared import reproduction
-from pgjax import objectives
+from experiments.shared.imitation import imitated
 
 OPEN, CLOSE, ASK, FIRST_DIGIT = 0, 1, 2, 3
 
@@ -110,18 +110,14 @@ def pretrained(
     params = {"decoder": pg.models.init(decoder.config, key)[1]}
     if updates == 0:
         return params
-    optimizer = optax.adam(learning_rate)
-    imitate = pg.train.make_update(
-        pg.train.language_model_outputs(decoder), objectives.supervised(), optimizer
+    return imitated(
+        pg.train.language_model_outputs(decoder),
+        params,
+        lambda batch_key: _demonstrations(task, batch_key, 64),
+        key,
+        updates=updates,
+        learning_rate=learning_rate,
     )
-    state = pg.train.TrainState(
-        params=params, opt_state=optimizer.init(params), step=jnp.int32(0), key=key
-    )
-
-    def update(i: Array, state: Any) -> Any:
-        return imitate(state, _demonstrations(task, jax.random.fold_in(key, i), 64))[0]
-
-    return jax.lax.fori_loop(0, updates, update, state).params
 
 
 def _demonstrations(task: Digits, key: PRNGKeyArray, size: int) -> pg.Rollout:

@@ -11,11 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 import pgjax as pg
-from pgjax import objectives
+from experiments.shared.imitation import imitated
 from pgjax.envs import textquest
 from pgjax.sampling import multiturn
 
@@ -44,17 +43,14 @@ def pretrained(
     key: PRNGKeyArray, hidden: int, *, updates: int, learning_rate: float = 3e-3
 ) -> Params:
     """`init`, then that many updates of Adam on 32 episodes of `wander` each."""
-    optimizer = optax.adam(learning_rate)
-    imitate = pg.train.make_update(outputs, objectives.supervised(), optimizer)
-    params = init(key, hidden)
-    state = pg.train.TrainState(
-        params=params, opt_state=optimizer.init(params), step=jnp.int32(0), key=key
+    return imitated(
+        outputs,
+        init(key, hidden),
+        lambda batch_key: wander(HARD, batch_key, 32),
+        key,
+        updates=updates,
+        learning_rate=learning_rate,
     )
-
-    def update(i: Array, state: Any) -> Any:
-        return imitate(state, wander(HARD, jax.random.fold_in(key, i), 32))[0]
-
-    return jax.lax.fori_loop(0, updates, update, state).params
 
 
 def read(params: Params, hidden: Array, token: Array) -> Array:
