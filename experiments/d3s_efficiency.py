@@ -172,6 +172,7 @@ def run(config: Config) -> reproduction.Findings:
             width=16,
         )
     task = digits.Digits(
+        by_heart=True,
         choices=config.choices,
         demonstrated=config.demonstrated,
         prompts=config.choices**2,

@@ -47,6 +47,17 @@ def test_each_kind_of_prompt_is_demonstrated_rightly_as_often_as_it_should_be():
         assert abs(of_kind.mean() - expected) <= 4 * (0.25 / len(of_kind)) ** 0.5
 
 
+def test_answers_by_heart_are_a_permutation_of_the_prompts():
+    task = digits.Digits(count=2, choices=4, by_heart=True)
+    prompts = task.every_prompt()
+    answers = np.asarray(task.answers(jnp.asarray(prompts)))
+    assert {tuple(x) for x in answers} == {tuple(x) for x in prompts[:, :2]}
+    assert (answers != prompts[:, :2]).any(axis=1).mean() > 0.5
+    rows = np.insert(answers, [0, 2], [digits.OPEN, digits.CLOSE], axis=1)
+    formed, right = task.grade(jnp.asarray(np.concatenate([prompts, rows, prompts[:, :1]], 1)))
+    assert bool(jnp.all(formed)) and bool(jnp.all(right == 1))
+
+
 def test_accuracy_is_the_probability_of_the_one_right_answer():
     task = digits.Digits(count=2, choices=3)
     decoder = digits.make_decoder(task, width=16)

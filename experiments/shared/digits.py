@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 import pgjax as pg
 from experiments.shared import reproduction
@@ -36,6 +36,8 @@ class Digits:
       choices: different digits.
       demonstrated: share of demonstrations whose digits are right, or one such share for each
         kind of prompt: `every_prompt` goes through the kinds in turn.
+      by_heart: the answer to a prompt is not its own digits but those of another one, always the
+        same, so that nothing is learnt about one prompt from the others.
       prompts: drawn for every batch, all different.
       group_size: completions of each.
     """
@@ -43,6 +45,7 @@ class Digits:
     count: int = 2
     choices: int = 6
     demonstrated: float | tuple[float, ...] = 0.3
+    by_heart: bool = False
     prompts: int = 16
     group_size: int = 8
 
@@ -68,13 +71,23 @@ class Digits:
         """Of which kind each of `every_prompt` is."""
         return np.arange(self.choices**self.count) % np.size(self.demonstrated)
 
+    def answers(self, prompts: Array) -> Int[Array, "P count"]:
+        """The right digits of each prompt."""
+        digits = prompts[:, : self.count]
+        if not self.by_heart:
+            return digits
+        every = self.every_prompt()[:, : self.count]
+        shuffled = jnp.asarray(np.random.default_rng(0).permutation(every))
+        place = self.choices ** jnp.arange(self.count)[::-1]
+        return shuffled[(digits - FIRST_DIGIT) @ place]
+
     def grade(self, tokens: Array) -> tuple[Bool[Array, " B"], Float[Array, " B"]]:
         """Whether each completion is well formed, and its share of right digits in place."""
         completion = tokens[:, self.prompt_length :]
         digits = completion[:, 1 : 1 + self.count]
         formed = (completion[:, 0] == OPEN) & (completion[:, 1 + self.count] == CLOSE)
         formed &= jnp.all(digits >= FIRST_DIGIT, axis=1)
-        return formed, jnp.mean(digits == tokens[:, : self.count], axis=1)
+        return formed, jnp.mean(digits == self.answers(tokens), axis=1)
 
 
 def make_decoder(
@@ -127,7 +140,7 @@ def _demonstrations(task: Digits, key: PRNGKeyArray, size: int) -> pg.Rollout:
     shares = jnp.atleast_1d(jnp.asarray(task.demonstrated))[jnp.asarray(task.kinds())[drawn]]
     digits = jax.random.randint(digits_key, (size, task.count), FIRST_DIGIT, task.vocab_size)
     right = jax.random.uniform(right_key, (size, 1)) < shares[:, None]
-    digits = jnp.where(right, prompts[:, : task.count], digits)
+    digits = jnp.where(right, task.answers(prompts), digits)
     return pg.train.demonstrations(*_answered(task, prompts, digits))
 
 
@@ -141,7 +154,7 @@ def _answered(task: Digits, prompts: Array, digits: Array) -> tuple[Array, Bool[
 def accuracy(task: Digits, decoder: pg.models.FunctionalDecoder, params: Any) -> Float[Array, " P"]:
     """The probability of the right, well-formed answer to each of `every_prompt`, exact."""
     prompts = jnp.asarray(task.every_prompt())
-    rows, mask = _answered(task, prompts, prompts[:, : task.count])
+    rows, mask = _answered(task, prompts, task.answers(prompts))
     outputs = pg.train.language_model_outputs(decoder)
     found = outputs(params, pg.train.demonstrations(rows, mask), frozenset())
     return jnp.exp(jnp.sum(jnp.where(mask, found.logprobs, 0.0), axis=1))
