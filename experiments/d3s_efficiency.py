@@ -1,8 +1,9 @@
 """D3S: the same reward from fewer tokens of gradient, by choosing rows and tokens.
 
-The tiny transformer of `shared.digits` repeats digits, in a format that it knows. All of its 64
-prompts are in every batch. Half were demonstrated rightly and are solved; of the others a fifth or
-nothing was right, so that one answer in five or in sixty-four scores at first.
+The tiny transformer of `shared.digits` answers in a format that it knows, each of its 64 prompts
+with digits that have to be learnt by heart. All prompts are in every batch. Half were demonstrated
+rightly and are nearly solved; of the others a fifth of the demonstrations was right, or no more
+than chance, so that one answer in five or in sixty-four scores at first.
 
 Compared at equal samples, each method at its best of one list of Adam's learning rates, chosen on
 other seeds: GRPO on all tokens; PODS, the rows of largest reward variance in each group; D3S's rows
@@ -53,7 +54,7 @@ class Config:
     """Different digits; all pairs of them are prompts."""
     demonstrated: tuple[float, ...] = (1.0, 0.2, 1.0, 0.0)
     """Shares of right demonstrations, by kind of prompt."""
-    pretraining: int = 500
+    pretraining: int = 1000
     """Updates on demonstrations."""
     width: int = 32
     """Of the transformer."""
