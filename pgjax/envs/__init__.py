@@ -1,5 +1,5 @@
 """Environments as pure functions: state in, state out, whole batches under `vmap`."""
 
-from pgjax.envs import textquest
+from pgjax.envs import four_rooms, textquest
 
-__all__ = ["textquest"]
+__all__ = ["four_rooms", "textquest"]
