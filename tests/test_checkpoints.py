@@ -470,6 +470,7 @@ SAVE_FOR_EVER = textwrap.dedent(
         assert all((restored[f"w{i}"] == step + i).all() for i in range(6)), "not as saved"
         assert step == start, "fell back"
     print("ready", step, flush=True)
+    sys.stdin.readline()  # until someone has looked at what is there
     while True:
         step += 1
         saved.save(step, state(step), {"step": step})
@@ -485,6 +486,7 @@ def test_sigkill_in_the_middle_of_saves(tmp_path):
         process = subprocess.Popen(
             [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)],
             env=devices.environment(1),
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -496,6 +498,8 @@ def test_sigkill_in_the_middle_of_saves(tmp_path):
             assert int(line[1]) >= reached - 2
             if leftovers_before := leftovers_now(tmp_path):
                 raise AssertionError(f"not cleaned up: {leftovers_before}")
+            process.stdin.write("\n")
+            process.stdin.flush()
             process.stdout.readline()
             time.sleep(rng.uniform(0.05, 0.4))
         finally:
