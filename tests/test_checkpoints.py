@@ -539,6 +539,7 @@ def test_leaving_without_close_ends_with_complete_checkpoints(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
         env=devices.environment(1),
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=60,
