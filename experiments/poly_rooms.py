@@ -33,7 +33,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 import pgjax as pg
 from experiments.shared import reproduction
-from pgjax import aggregate, returns, surrogates
+from pgjax import advantages, aggregate, returns, surrogates
 from pgjax.advantages import sets
 from pgjax.envs import four_rooms
 from pgjax.sampling import vines
@@ -252,9 +252,8 @@ def advantages_of(config: Config, params: Any, walks: Walks) -> tuple[Array, Arr
         jnp.where(in_set, walks.set_advantage, 0.0), gae.T, window=config.window
     ).T
     mixed = jnp.where(in_set[:, None], of_set, gae)
-    mean = aggregate.masked_mean(mixed, walks.mask)
-    deviation = jnp.sqrt(aggregate.masked_mean((mixed - mean) ** 2, walks.mask))
-    return (mixed - mean) / (deviation + 1e-6), gae + values
+    normal = advantages.batch_normalize(mixed.reshape(-1), where=walks.mask.reshape(-1))
+    return normal.reshape(mixed.shape), gae + values
 
 
 def loss(
