@@ -1,0 +1,252 @@
+"""One mechanism under the matrix optimizers: momentum → view → oracle → dual norm → shape.
+
+    M = momentum(G),   W = view(M),   U = oracle(W),   s = max(<W, U>, eps)^alpha,
+    update = c(m, n) · s · unview(U)
+
+and, like any Optax transformation, it points uphill: `optax.scale_by_learning_rate` turns it.
+Leaves with matrices of the same shape go through one batched call of the oracle, so that compile
+time and kernel launches depend on the number of shapes, not of leaves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from pgjax import _checks, _paths
+from pgjax.optim.layout import UNKNOWN, Entry, Layout, distribute, merged
+from pgjax.optim.matrix import (
+    SHAPE_FACTORS,
+    MatrixSpec,
+    Specs,
+    dual_scale,
+    inner,
+    shape_factor,
+    specs_by_path,
+)
+from pgjax.optim.oracles import Oracle, as_oracle
+from pgjax.optim.roles import default_specs
+
+ORDERS = ("momentum_first", "oracle_first")
+View = Callable[[Array], Array]
+
+
+class MatrixState(NamedTuple):
+    """The state of the momentum."""
+
+    momentum: Any
+
+
+def matrix_transform(
+    oracle: Oracle | View,
+    *,
+    alpha: float = 0.0,
+    shape: str = "none",
+    view: View | None = None,
+    unview: View | None = None,
+    momentum: optax.GradientTransformation | None = None,
+    order: str = "momentum_first",
+    specs: Specs = default_specs,
+    layout: Layout | None = None,
+    couple: int = 1,
+    eps: float = 1e-8,
+) -> optax.GradientTransformation:
+    """A matrix optimizer from its parts; the formula is at the head of this file.
+
+    Entries of a gradient that are NaN or infinite count as 0: one bad matrix must not poison the
+    momentum. Find out which leaves had them by `nonfinite_leaves`, or skip the step by
+    `optax.apply_if_finite`.
+
+    Args:
+      oracle: `[b, m, n]` to the same; an `Oracle`, or any function of a batch of matrices.
+      alpha: power of the dual norm, static: 0 for steps of a set size (Muon), 1 for steepest
+        descent (PolarGrad).
+      shape: one of `SHAPE_FACTORS`.
+      view: of `[b, m, n]` before the oracle, rows being outputs; None: as it is.
+      unview: of the oracle's result, linear; None: as it is.
+      momentum: `optim.momentum(...)`, or any transformation of the tree; None: none.
+      order: "momentum_first" as above; "oracle_first": momentum of `unview(U)`, the scale being
+        the present gradient's.
+      specs: which axes make a matrix; see `matrix.Specs`. Default: by the leaf's name, see
+        `roles`.
+      layout: how the parameters lie on a mesh (`layout_of(params)`); None: one device, or let the
+        compiler choose.
+      couple: so many neighbouring matrices of a leaf (a layer's experts) share one scale, the power
+        of their summed inner products.
+      eps: the least dual norm.
+
+    Raises:
+      ValueError: at `init` and `update`, leaves without a spec, integer leaves, leaves of rank
+        below 2, each by name; here, a negative alpha and unknown options.
+
+    Source: Lau et al., PolarGrad, 2025, arXiv 2505.21799; Bernstein and Newhouse, Old optimizer,
+    new norm, 2024, arXiv 2409.20325; Jordan et al., Muon, 2024.
+    """
+    _checks.one_of("shape", shape, SHAPE_FACTORS)
+    _checks.one_of("order", order, ORDERS)
+    _checks.in_range("alpha", alpha, 0)
+    _checks.in_range("eps", eps, 0, low_open=True)
+    if isinstance(couple, bool) or not isinstance(couple, int) or couple < 1:
+        raise ValueError(f"couple: expected an integer of at least 1, got {couple!r}")
+    momentum = optax.identity() if momentum is None else momentum
+    parts = _Parts(as_oracle(oracle), alpha, shape, view, unview, couple, eps)
+
+    def init(params: Any) -> MatrixState:
+        specs_by_path(specs, params)
+        return MatrixState(momentum.init(params))
+
+    def update(updates: Any, state: MatrixState, params: Any = None) -> tuple[Any, MatrixState]:
+        chosen = specs_by_path(specs, updates)
+        updates = jax.tree.map(
+            lambda g: jnp.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0), updates
+        )
+        if order == "momentum_first":
+            moved, now = momentum.update(updates, state.momentum, params)
+            steps, _ = _directions(moved, chosen, layout, parts, scaled=True)
+            return steps, MatrixState(now)
+        units, scales = _directions(updates, chosen, layout, parts, scaled=False)
+        moved, now = momentum.update(units, state.momentum, params)
+        return jax.tree.map(lambda u, s: (s * u).astype(u.dtype), moved, scales), MatrixState(now)
+
+    return optax.GradientTransformation(init, update)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What becomes of a stack of matrices."""
+
+    oracle: Oracle
+    alpha: float
+    shape: str
+    view: View | None
+    unview: View | None
+    couple: int
+    eps: float
+
+    @property
+    def transposes(self) -> bool:
+        return self.oracle.transposes and self.view is None and self.unview is None
+
+    def unit_and_scale(self, stack: Float[Array, "b m n"]) -> tuple[Array, Float[Array, "b"]]:
+        seen = stack if self.view is None else self.view(stack)
+        unit = self.oracle(seen)
+        if self.couple == 1:
+            scale = dual_scale(seen, unit, alpha=self.alpha, eps=self.eps)
+        else:
+            total = inner(seen, unit).reshape(-1, self.couple).sum(-1)
+            scale = jnp.repeat(jnp.maximum(total, self.eps) ** self.alpha, self.couple)
+        return unit if self.unview is None else self.unview(unit), scale
+
+    def scaled(self, stack: Float[Array, "b m n"]) -> Float[Array, "b m n"]:
+        unit, scale = self.unit_and_scale(stack)
+        if self.alpha == 0:
+            return unit
+        return (scale[:, None, None] * unit).astype(stack.dtype)
+
+
+class _Matrices(NamedTuple):
+    """A leaf as a stack of matrices, and the way back.
+
+    `order` sorts the axes of `split`, the leaf's shape with blocks apart, into the stack's;
+    `lying` are the mesh axes of the stack's three, None where the leaf's do not make any.
+    """
+
+    stack: Array
+    order: tuple[int, ...]
+    split: tuple[int, ...]
+    shape: tuple[int, ...]
+    factor: float
+    lying: tuple[Entry, Entry, Entry] | None
+
+    def back(self, y: Array) -> Array:
+        """A stack of this one's shape as the leaf, or `[b]` as one number for all of a matrix."""
+        if y.ndim == 1:
+            y = jnp.broadcast_to(y[:, None, None], self.stack.shape)
+        moved = y.reshape([self.split[axis] for axis in self.order])
+        return jnp.transpose(moved, [self.order.index(k) for k in range(moved.ndim)]).reshape(
+            self.shape
+        )
+
+
+def _matrices(
+    path: str, leaf: Array, spec: MatrixSpec, layout: Layout | None, parts: _Parts
+) -> _Matrices:
+    split, batch, out, into, source = spec.resolved(leaf.shape, path)
+    entries: list[Entry] = [None] * len(split)
+    if layout is not None:
+        given = layout.of(path, leaf.ndim)
+        # Of an axis in two parts, the first is the one that is split over devices.
+        entries = [
+            given[axis] if k == source.index(axis) else None for k, axis in enumerate(source)
+        ]
+    if parts.couple == 1:  # split batch axes first, so that the flattened one is split
+        batch = tuple(sorted(batch, key=lambda axis: entries[axis] is None))
+    b, m, n = (math.prod(split[axis] for axis in axes) for axes in (batch, out, into))
+    if b % parts.couple:
+        raise ValueError(
+            f"{path}: couple {parts.couple} does not divide its {b} matrices, shape {leaf.shape}"
+        )
+    sides = [merged([entries[a] for a in s], [split[a] for a in s]) for s in (batch, out, into)]
+    # Short sides first where the oracle does not care; of squares, the split side.
+    flips = m > n or (m == n and sides[1] is None and sides[2] is not None)
+    if parts.transposes and flips:
+        out, into, sides = into, out, [sides[0], sides[2], sides[1]]
+    order = (*batch, *out, *into)
+    rows, columns = (math.prod(split[axis] for axis in side) for side in (out, into))
+    known = layout is not None and UNKNOWN not in sides
+    return _Matrices(
+        jnp.transpose(leaf.reshape(split), order).reshape(b, rows, columns),
+        order,
+        split,
+        leaf.shape,
+        shape_factor(m, n, parts.shape),
+        (sides[0], sides[1], sides[2]) if known else None,
+    )
+
+
+def _directions(
+    tree: Any, specs: dict[str, MatrixSpec], layout: Layout | None, parts: _Parts, *, scaled: bool
+) -> tuple[Any, Any]:
+    """Each leaf's direction, with its scale on it (then the second is None), or beside it."""
+    matrices = {
+        path: _matrices(path, leaf, specs[path], layout, parts)
+        for path, leaf in _paths.named_leaves(tree).items()
+    }
+    groups: dict[Any, list[str]] = {}
+    for path, one in matrices.items():
+        # Stacks that are split along their matrices cannot be joined without moving them.
+        alone = path if one.lying is not None and one.lying[0] is not None else None
+        key = (one.stack.shape[1:], one.stack.dtype, one.lying, alone)
+        groups.setdefault(key, []).append(path)
+    units: dict[str, Array] = {}
+    scales: dict[str, Array] = {}
+    function = parts.scaled if scaled else parts.unit_and_scale
+    for paths in groups.values():
+        members = [matrices[path] for path in paths]
+        stacks = [one.stack for one in members]
+        stack = stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
+        lying = members[0].lying
+        if layout is None or lying is None:
+            results = function(stack)
+        else:
+            results = distribute(function, stack, layout.mesh, lying)
+        ends = np.cumsum([len(piece) for piece in stacks])[:-1]
+        unit, scale = (results, None) if scaled else results
+        for path, one, piece in zip(paths, members, jnp.split(unit, ends), strict=True):
+            units[path] = one.back(piece if one.factor == 1 else one.factor * piece)
+        if scale is not None:
+            for path, one, piece in zip(paths, members, jnp.split(scale, ends), strict=True):
+                scales[path] = one.back(piece)
+    return _like(tree, units), None if scaled else _like(tree, scales)
+
+
+def _like(tree: Any, leaves: dict[str, Array]) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[_paths.joined(path)], tree)
