@@ -49,7 +49,7 @@ POLAR_EXPRESS_5: tuple[Triple, ...] = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-"""Polar Express for exactly five steps with its safety of 1.02 inside; start from `X / 1.02 ‖X‖`."""
+"""Polar Express for exactly five steps, a safety of 1.02 inside; start from `X / (1.02 ‖X‖_F)`."""
 
 
 def polar_express(*, steps: int = 8, safety: float = 1.01) -> tuple[Triple, ...]:

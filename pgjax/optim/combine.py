@@ -135,7 +135,7 @@ class _Parts:
     def transposes(self) -> bool:
         return self.oracle.transposes and self.view is None and self.unview is None
 
-    def unit_and_scale(self, stack: Float[Array, "b m n"]) -> tuple[Array, Float[Array, "b"]]:
+    def unit_and_scale(self, stack: Float[Array, "b m n"]) -> tuple[Array, Float[Array, b]]:
         seen = stack if self.view is None else self.view(stack)
         unit = self.oracle(seen)
         if self.couple == 1:
@@ -239,6 +239,8 @@ def _directions(
         else:
             results = distribute(function, stack, layout.mesh, lying)
         ends = np.cumsum([len(piece) for piece in stacks])[:-1]
+        unit: Any
+        scale: Any
         unit, scale = (results, None) if scaled else results
         for path, one, piece in zip(paths, members, jnp.split(unit, ends), strict=True):
             units[path] = one.back(piece if one.factor == 1 else one.factor * piece)

@@ -47,7 +47,7 @@ def layout_of(params: Any) -> Layout | None:
       ValueError: leaves on different meshes, a leaf that is being traced.
     """
     found: dict[str, tuple[Entry, ...]] = {}
-    mesh: Mesh | None = None
+    mesh: Any = None
     leaves = _paths.named_leaves(params, is_leaf=lambda x: isinstance(x, NamedSharding))
     for path, leaf in leaves.items():
         if isinstance(leaf, jax.core.Tracer):

@@ -246,3 +246,21 @@ def nonfinite_leaves(tree: Any) -> list[str]:
     named = _paths.named_leaves(tree)
     whole = jax.device_get({path: jnp.all(jnp.isfinite(leaf)) for path, leaf in named.items()})
     return [path for path, finite in whole.items() if not finite]
+
+
+def map_named(function: Callable[..., tuple[Any, ...]], count: int, tree: Any, *rest: Any) -> list:
+    """`count` trees like `tree`, of the results of `function(path, leaf, ...)`; `rest` like it."""
+    structure: Any = jax.tree.structure(tree)
+    leaves = [structure.flatten_up_to(other) for other in (tree, *rest)]
+    paths = _paths.named_leaves(tree)
+    results = [function(path, *each) for path, *each in zip(paths, *leaves, strict=True)]
+    return [structure.unflatten([result[k] for result in results]) for k in range(count)]
+
+
+def canonical_shape(name: str, leaf: Any, spec: MatrixSpec) -> tuple[int, int, int]:
+    """(b, m, n) of a leaf's matrices."""
+    axes = spec.resolved(jnp.shape(leaf), name)
+    b, m, n = (
+        math.prod(axes.shape[axis] for axis in side) for side in (axes.batch, axes.out, axes.into)
+    )
+    return b, m, n

@@ -25,7 +25,7 @@ KINDS = ("ema", "ema_nesterov", "heavy_ball", "heavy_ball_nesterov")
 class MomentumState(NamedTuple):
     """How many updates there were, and the buffer M."""
 
-    count: Int[Array, ""]
+    step: Int[Array, ""]
     buffer: Any
 
 
@@ -60,11 +60,9 @@ def momentum(
         buffer = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
         return MomentumState(jnp.zeros((), jnp.int32), buffer)
 
-    def update(
-        updates: Any, state: MomentumState, params: Any = None
-    ) -> tuple[Any, MomentumState]:
+    def update(updates: Any, state: MomentumState, params: Any = None) -> tuple[Any, MomentumState]:
         del params
-        count = optax.safe_increment(state.count)
+        count = optax.safe_increment(state.step)
         share = 1 - beta if average else 1.0
 
         def moved(g: Array, m: Array) -> Array:

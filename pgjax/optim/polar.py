@@ -8,6 +8,7 @@ norm that starts an iteration is float32 whatever its dtype.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,18 +97,20 @@ def polar(
         kept = wide.astype(jnp.promote_types(x.dtype, jnp.float32))
         # A decomposition of zeros has no derivative; one of distinct singular values has.
         empty = frobenius_norm(kept) == 0
-        spare = jnp.eye(*kept.shape[-2:], dtype=kept.dtype) * jnp.arange(1, kept.shape[-1] + 1)
+        spare = jnp.eye(kept.shape[-2], kept.shape[-1], dtype=kept.dtype) * jnp.arange(
+            1, kept.shape[-1] + 1
+        )
         kept = jnp.where(empty, spare, kept)
-        with jax.default_matmul_precision(_name(precision)):
-            u = {"qdwh": functools.partial(_qdwh, steps=steps), "svd": _svd, "eigh": _eigh}[method](
-                kept
+        with jax.default_matmul_precision("highest" if precision is None else str(precision)):
+            u = (
+                _svd(kept)
+                if method == "svd"
+                else _eigh(kept)
+                if method == "eigh"
+                else (_qdwh(kept, steps))
             )
         u = jnp.where(empty, 0.0, u)
     return (jnp.swapaxes(u, -1, -2) if tall else u).astype(x.dtype)
-
-
-def _name(precision: Any) -> str:
-    return "highest" if precision is None else str(precision)
 
 
 def _iterate(
@@ -120,7 +123,8 @@ def _iterate(
     precision: Any,
 ) -> Array:
     # Quintics whose safety is above 1 were made for a start that much smaller.
-    start, restarts = 1.0, ()
+    start = 1.0
+    restarts: tuple[int, ...] = ()
     if coefficients is not None:
         rows = sets.take(coefficients, steps)
     elif method == "ns":
@@ -183,18 +187,14 @@ def _gram_newton_schulz(
     """The same polynomials as one factor Q of X, found from `R = X Xᵀ` alone between restarts."""
     symmetric = functools.partial(symmetric_matmul, precision=precision)
     bounds = [0, *restarts, len(table)]
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         gram = symmetric(x, jnp.swapaxes(x, -1, -2))
         identity = jnp.eye(gram.shape[-1], dtype=x.dtype)
         factor = None
         for k in range(start, stop):
             a, b, c = (jnp.asarray(value, x.dtype) for value in table[k])
             poly = b * gram + c * symmetric(gram, gram)
-            factor = (
-                poly + a * identity
-                if factor is None
-                else symmetric(factor, poly) + a * factor
-            )
+            factor = poly + a * identity if factor is None else symmetric(factor, poly) + a * factor
             if k + 1 < stop:
                 once = symmetric(gram, poly) + a * gram
                 gram = symmetric(poly, once) + a * once
@@ -264,10 +264,7 @@ def _zolo_one(x: np.ndarray) -> np.ndarray:
         c = low**2 * (sn / cn) ** 2
         odd, even = c[0::2], c[1::2]
         weight = np.array(
-            [
-                -np.prod(odd[j] - even) / np.prod(np.delete(odd[j] - odd, j))
-                for j in range(degree)
-            ]
+            [-np.prod(odd[j] - even) / np.prod(np.delete(odd[j] - odd, j)) for j in range(degree)]
         )
 
         def scalar(s: float, odd: np.ndarray = odd, weight: np.ndarray = weight) -> float:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from pgjax import _paths
+from pgjax.optim.matrix import canonical_shape
 from pgjax.optim.roles import Roles, default_roles
 
 MATRICES = ("attention/*", "mlp/*", "experts/*", "dense")
@@ -60,9 +61,7 @@ def by_role(
 
     def labels(params: Any) -> Any:
         chosen = _chosen(list(transforms), roles, params)
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: chosen[_paths.joined(path)], params
-        )
+        return jax.tree_util.tree_map_with_path(lambda path, _: chosen[_paths.joined(path)], params)
 
     return optax.partition(dict(transforms), labels)
 
@@ -112,10 +111,7 @@ def describe(
         role, shape = named[path], jnp.shape(leaf)
         matrices = ""
         if role.spec is not None:
-            axes = role.spec.resolved(shape, path)
-            b, m, n = (
-                math.prod(axes.shape[a] for a in side) for side in (axes.batch, axes.out, axes.into)
-            )
+            b, m, n = canonical_shape(path, leaf, role.spec)
             matrices = f"{b} × ({m}, {n})"
         entries = f"{math.prod(shape):,}"
         rows.append((path, str(shape), role.name, matrices, chosen.get(path, ""), entries))
