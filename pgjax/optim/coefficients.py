@@ -39,7 +39,6 @@ _POLAR_EXPRESS: tuple[Triple, ...] = (
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
     (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
-    *QUINTIC,
 )
 
 POLAR_EXPRESS_5: tuple[Triple, ...] = (
@@ -55,11 +54,11 @@ POLAR_EXPRESS_5: tuple[Triple, ...] = (
 def polar_express(*, steps: int = 8, safety: float = 1.01) -> tuple[Triple, ...]:
     """The minimax-optimal quintics for singular values in [0.001, 1].
 
-    All but the last are divided by (safety, safety³, safety⁵), so that rounding cannot push a
-    singular value beyond where the next one still contracts.
+    All but the classic quintic are divided by (safety, safety³, safety⁵), so that rounding cannot
+    push a singular value beyond where the next one still contracts.
 
     Args:
-      steps: at least 1; beyond eight, the classic quintic repeats.
+      steps: at least 1; beyond seven, it is the classic quintic.
       safety: at least 1; start from `X / (safety ‖X‖_F)`.
 
     Source: Amsel et al., The Polar Express, 2025, arXiv 2505.16932.
@@ -67,9 +66,8 @@ def polar_express(*, steps: int = 8, safety: float = 1.01) -> tuple[Triple, ...]
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
     _checks.in_range("safety", safety, 1)
-    raw = take(_POLAR_EXPRESS, steps)
-    safe = [(a / safety, b / safety**3, c / safety**5) for a, b, c in raw[:-1]]
-    return (*safe, raw[-1])
+    safe = [(a / safety, b / safety**3, c / safety**5) for a, b, c in _POLAR_EXPRESS]
+    return take([*safe, *QUINTIC], steps)
 
 
 def take(coefficients: Sequence[Triple], steps: int | None) -> tuple[Triple, ...]:

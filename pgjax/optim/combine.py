@@ -30,10 +30,9 @@ from pgjax.optim.matrix import (
     dual_scale,
     inner,
     shape_factor,
-    specs_by_path,
 )
 from pgjax.optim.oracles import Oracle, as_oracle
-from pgjax.optim.roles import default_specs
+from pgjax.optim.roles import specs_by_path
 
 ORDERS = ("momentum_first", "oracle_first")
 View = Callable[[Array], Array]
@@ -54,7 +53,7 @@ def matrix_transform(
     unview: View | None = None,
     momentum: optax.GradientTransformation | None = None,
     order: str = "momentum_first",
-    specs: Specs = default_specs,
+    specs: Specs | None = None,
     layout: Layout | None = None,
     couple: int = 1,
     eps: float = 1e-8,
@@ -75,8 +74,8 @@ def matrix_transform(
       momentum: `optim.momentum(...)`, or any transformation of the tree; None: none.
       order: "momentum_first" as above; "oracle_first": momentum of `unview(U)`, the scale being
         the present gradient's.
-      specs: which axes make a matrix; see `matrix.Specs`. Default: by the leaf's name, see
-        `roles`.
+      specs: which axes make a matrix; see `matrix.Specs`. None: `default_specs`, by the
+        leaf's name.
       layout: how the parameters lie on a mesh (`layout_of(params)`); None: one device, or let the
         compiler choose.
       couple: so many neighbouring matrices of a leaf (a layer's experts) share one scale, the power

@@ -23,11 +23,10 @@ from pgjax.optim.matrix import (
     from_canonical,
     map_named,
     shape_factor,
-    specs_by_path,
     to_canonical,
 )
 from pgjax.optim.oracles import Oracle
-from pgjax.optim.roles import default_specs
+from pgjax.optim.roles import specs_by_path
 
 
 class DionState(NamedTuple):
@@ -49,7 +48,7 @@ def scale_by_dion(
     rank: int | None = None,
     mu: Any = 0.95,
     eps: float = 1e-8,
-    specs: Specs = default_specs,
+    specs: Specs | None = None,
 ) -> optax.GradientTransformation:
     """`√(m/n) P Qᵀ` with
 
@@ -59,7 +58,7 @@ def scale_by_dion(
       key: of the first, Gaussian Q.
       rank: r, static; None: as many as the shorter side, then with a settled Q it is Muon's step.
       mu: in [0, 1); what of the applied part stays in the momentum.
-      specs: axes of each leaf's matrix.
+      specs: axes of each leaf's matrix; None: `default_specs`.
 
     Raises:
       ValueError: a rank below 1, μ outside [0, 1); at `init`, leaves that are no matrices.
@@ -116,7 +115,7 @@ def scale_by_dion2(
     fraction: float = 0.25,
     decay: Any = 0.95,
     oracle: Oracle | None = None,
-    specs: Specs = default_specs,
+    specs: Specs | None = None,
 ) -> optax.GradientTransformation:
     """`√(m/n) polar` of the momentum's largest rows (columns where those are fewer), others rest.
 

@@ -111,35 +111,6 @@ DENSE = MatrixSpec(out_axes=(-1,), in_axes=(-2,))
 """Flax's projections: inputs, then outputs, behind any batch axes."""
 
 
-def specs_by_path(specs: Specs, tree: Any) -> dict[str, MatrixSpec]:
-    """The spec of every leaf of `tree` by its path.
-
-    Raises:
-      ValueError: a leaf without a spec, a leaf that is no floating array of rank 2 or more, axes
-        that a leaf lacks or that overlap, blocks that do not divide; each names the leaf.
-    """
-    for path, leaf in _paths.named_leaves(tree).items():
-        check_matrix(path, leaf)
-    found = specs(tree) if callable(specs) else specs
-    if not isinstance(found, Mapping) or not all(
-        isinstance(spec, MatrixSpec) for spec in found.values()
-    ):
-        found = _paths.named_leaves(found, is_leaf=lambda x: isinstance(x, MatrixSpec))
-    chosen = {}
-    for path, leaf in _paths.named_leaves(tree).items():
-        spec = found.get(path)
-        if not isinstance(spec, MatrixSpec):
-            raise ValueError(f"{path}: no MatrixSpec for this leaf; specs name {_some(found)}")
-        spec.resolved(jnp.shape(leaf), path)
-        chosen[path] = spec
-    return chosen
-
-
-def _some(names: Mapping[str, Any]) -> str:
-    shown = list(names)[:8]
-    return ", ".join(shown) + (", ..." if len(names) > len(shown) else "") if shown else "no leaf"
-
-
 def check_matrix(name: str, leaf: Any) -> None:
     """Raises ValueError unless the leaf is a floating array of rank 2 or more."""
     dtype = jnp.result_type(leaf)

@@ -12,7 +12,6 @@ from pgjax.optim.layout import Layout
 from pgjax.optim.matrix import Specs
 from pgjax.optim.momentum import momentum
 from pgjax.optim.oracles import Oracle
-from pgjax.optim.roles import default_specs
 from pgjax.optim.routing import with_adam
 
 ScalarOrSchedule = Any
@@ -25,7 +24,7 @@ def scale_by_muon(
     debias: bool = False,
     shape: str = "keller",
     oracle: Oracle | None = None,
-    specs: Specs = default_specs,
+    specs: Specs | None = None,
     layout: Layout | None = None,
     mu_dtype: Any = None,
 ) -> optax.GradientTransformation:
@@ -36,7 +35,7 @@ def scale_by_muon(
         `kind="heavy_ball_nesterov"` and `shape="moonshot"`, sums; Optax's is `debias=True`.
       shape: one of `matrix.SHAPE_FACTORS`.
       oracle: None: `oracles.polar("ns")`, five of Keller's steps.
-      specs: axes of each leaf's matrix.
+      specs: axes of each leaf's matrix; None: `default_specs`.
       layout: see `matrix_transform`.
       mu_dtype: of the momentum; None: the parameters'.
 
@@ -59,7 +58,7 @@ def muon(
     shape: str = "keller",
     weight_decay: Any = 0.0,
     oracle: Oracle | None = None,
-    specs: Specs = default_specs,
+    specs: Specs | None = None,
     layout: Layout | None = None,
     mu_dtype: Any = None,
     adam: optax.GradientTransformation | None = None,

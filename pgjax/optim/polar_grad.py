@@ -23,7 +23,6 @@ from pgjax.optim.layout import Layout
 from pgjax.optim.matrix import Specs
 from pgjax.optim.momentum import add_displacement, momentum
 from pgjax.optim.oracles import Oracle
-from pgjax.optim.roles import default_specs
 from pgjax.optim.routing import with_adam
 
 ORDERS = ("momentum_first", "polar_first", "muon")
@@ -35,7 +34,7 @@ def scale_by_polar(
     order: str = "momentum_first",
     alpha: float = 1.0,
     oracle: Oracle | None = None,
-    specs: Specs = default_specs,
+    specs: Specs | None = None,
     layout: Layout | None = None,
     eps: float = 1e-8,
     mu_dtype: Any = None,
@@ -79,7 +78,7 @@ def polar_grad(
     weight_decay: Any = 0.0,
     alpha: float = 1.0,
     oracle: Oracle | None = None,
-    specs: Specs = default_specs,
+    specs: Specs | None = None,
     layout: Layout | None = None,
 ) -> optax.GradientTransformation:
     """PolarGrad for trees whose leaves all are matrices: `X ← (1 - γ w) X - γ · scale_by_polar`.
@@ -102,7 +101,7 @@ def polar_heavy_ball(
     beta: Any = 0.9,
     weight_decay: Any = 0.0,
     oracle: Oracle | None = None,
-    specs: Specs = default_specs,
+    specs: Specs | None = None,
     layout: Layout | None = None,
 ) -> optax.GradientTransformation:
     """PolarHB: PolarGrad and Polyak's momentum in the iterates, whatever the rate does."""

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from pgjax import _paths
-from pgjax.optim.matrix import DENSE, MatrixSpec
+from pgjax.optim.matrix import DENSE, MatrixSpec, Specs, check_matrix
 
 
 class Role(NamedTuple):
@@ -70,15 +70,48 @@ def default_specs(tree: Any) -> dict[str, MatrixSpec]:
     return found
 
 
+def specs_by_path(specs: Specs | None, tree: Any) -> dict[str, MatrixSpec]:
+    """The spec of every leaf of `tree` by its path; None stands for `default_specs`.
+
+    Raises:
+      ValueError: a leaf without a spec, a leaf that is no floating array of rank 2 or more, axes
+        that a leaf lacks or that overlap, blocks that do not divide; each names the leaf.
+    """
+    for path, leaf in _paths.named_leaves(tree).items():
+        check_matrix(path, leaf)
+    specs = default_specs if specs is None else specs
+    found = specs(tree) if callable(specs) else specs
+    if not isinstance(found, Mapping) or not all(
+        isinstance(spec, MatrixSpec) for spec in found.values()
+    ):
+        found = _paths.named_leaves(found, is_leaf=lambda x: isinstance(x, MatrixSpec))
+    chosen = {}
+    for path, leaf in _paths.named_leaves(tree).items():
+        spec = found.get(path)
+        if not isinstance(spec, MatrixSpec):
+            raise ValueError(f"{path}: no MatrixSpec for this leaf; specs name {_some(found)}")
+        spec.resolved(jnp.shape(leaf), path)
+        chosen[path] = spec
+    return chosen
+
+
+def _some(names: Mapping[str, Any]) -> str:
+    shown = list(names)[:8]
+    return ", ".join(shown) + (", ..." if len(names) > len(shown) else "") if shown else "no leaf"
+
+
 def per_head_specs(tree: Any) -> dict[str, MatrixSpec]:
-    """As `default_specs`, with each head of an attention projection a matrix of its own."""
-    heads = {"query": _of_stack((3,), (1,)), "output": _of_stack((3,), (2,))}
-    found = default_specs(tree)
-    for path, role in default_roles(tree).items():
-        kind, _, part = role.name.partition("/")
-        if kind == "attention" and found[path].out_axes != DENSE.out_axes:
-            found[path] = heads["output" if part == "output" else "query"]
-    return found
+    """As `default_specs`, with each head of an attention projection a matrix of its own.
+
+    Where a side is (heads, head size), heads become a batch axis.
+    """
+    roles = default_roles(tree)
+    return {
+        path: MatrixSpec(spec.out_axes[-1:], spec.in_axes[-1:])
+        if roles[path].name.startswith("attention/")
+        else spec
+        for path, spec in default_specs(tree).items()
+    }
 
 
 def _role(path: str, names: list[str], rank: int, shape: tuple[int, ...]) -> Role:

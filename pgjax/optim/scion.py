@@ -19,7 +19,6 @@ from pgjax.optim.layout import Layout
 from pgjax.optim.matrix import Specs, frobenius_norm
 from pgjax.optim.momentum import momentum
 from pgjax.optim.oracles import Oracle
-from pgjax.optim.roles import default_specs
 
 NORMS = ("spectral", "spectral_max", "columns", "columns_normalized", "rows", "sign", "bias")
 
@@ -72,7 +71,7 @@ def scion(
     averaging: Any = 0.1,
     constrained: bool = True,
     oracle: Oracle | None = None,
-    specs: Specs = default_specs,
+    specs: Specs | None = None,
     layout: Layout | None = None,
 ) -> optax.GradientTransformation:
     """Scion for leaves of one norm; `by_role` gives each layer its own.

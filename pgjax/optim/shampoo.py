@@ -19,10 +19,9 @@ from pgjax.optim.matrix import (
     canonical_shape,
     from_canonical,
     map_named,
-    specs_by_path,
     to_canonical,
 )
-from pgjax.optim.roles import default_specs
+from pgjax.optim.roles import specs_by_path
 
 
 class ShampooState(NamedTuple):
@@ -54,7 +53,7 @@ def _root(a: Array, power: float, eps: float) -> Array:
 
 
 def scale_by_shampoo(
-    *, beta: Any | None = None, eps: float = 1e-6, specs: Specs = default_specs
+    *, beta: Any | None = None, eps: float = 1e-6, specs: Specs | None = None
 ) -> optax.GradientTransformation:
     """`(L + ε)^(-1/4) G (R + ε)^(-1/4)`, with `L += G Gᵀ`, `R += GᵀG` or averages of them.
 
@@ -62,7 +61,7 @@ def scale_by_shampoo(
       beta: None: sums, as first published. A number in [0, 1): averages, 0 keeping only the
         present gradient, where the step is the polar factor.
       eps: added to eigenvalues.
-      specs: axes of each leaf's matrix.
+      specs: axes of each leaf's matrix; None: `default_specs`.
 
     Raises:
       ValueError: β outside [0, 1), eps not above 0; at `init`, leaves that are no matrices.
@@ -107,7 +106,7 @@ def scale_by_soap(
     eps: float = 1e-8,
     every: int = 10,
     limit: int = 10_000,
-    specs: Specs = default_specs,
+    specs: Specs | None = None,
 ) -> optax.GradientTransformation:
     """Adam on `Q_Lᵀ G Q_R`, turned back; the bases are L's and R's eigenvectors.
 
@@ -118,7 +117,7 @@ def scale_by_soap(
       b1, b2: of the moments; b2 also of L and R.
       every: static, steps between refreshes.
       limit: static; longer sides are not turned.
-      specs: axes of each leaf's matrix.
+      specs: axes of each leaf's matrix; None: `default_specs`.
 
     Raises:
       ValueError: decays outside [0, 1), `every` or `limit` below 1; at `init`, leaves that are no

@@ -228,7 +228,7 @@ def symmetry_stack(
     def average() -> optax.GradientTransformation:
         return momentum(beta, "ema")
 
-    def updates(choice: str, specs: Any = default_specs) -> optax.GradientTransformation:
+    def updates(choice: str, specs: Any = None) -> optax.GradientTransformation:
         center = choice.startswith("centred")
         if choice.endswith("rows"):
             oracle = Oracle(lambda w: row_norm_update(w, eps=eps, center=center))
