@@ -109,20 +109,15 @@ def reference_of(policy: Policy, needed: bool) -> Any | None:
     return {"decoder": jax.tree.map(jnp.copy, policy.trainable["decoder"])}
 
 
-def make_optimizer(tuning: Tuning) -> optax.GradientTransformation:
+def make_optimizer(tuning: Tuning, trainable: Any) -> optax.GradientTransformation:
     """Clipping by global norm, then the named optimizer with a linearly warmed-up rate."""
     steps = max(tuning.warmup_steps, 1)
-    rate = optax.linear_schedule(tuning.learning_rate / steps, tuning.learning_rate, steps)
-    decay = tuning.weight_decay
-    optimizer = {
-        "adamw": lambda: optax.adamw(rate, weight_decay=decay),
-        "adam": lambda: optax.adam(rate),
-        "sgd": lambda: optax.sgd(rate, momentum=0.9),
-        "lion": lambda: optax.lion(rate, weight_decay=decay),
-        "muon": lambda: optax.contrib.muon(
-            rate, weight_decay=decay, muon_weight_dimension_numbers=optimizers.matrix_axes
-        ),
-    }[tuning.optimizer]()
+    optimizer = optimizers.make(
+        tuning.optimizer,
+        optax.linear_schedule(tuning.learning_rate / steps, tuning.learning_rate, steps),
+        weight_decay=tuning.weight_decay,
+        shardings=trainable,
+    )
     return optax.chain(optax.clip_by_global_norm(tuning.clip_norm), optimizer)
 
 

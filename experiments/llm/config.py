@@ -7,10 +7,10 @@ import pathlib
 from typing import Literal
 
 from experiments.shared.objectives import AggregateName, ObjectiveName
+from experiments.shared.optimizers import OptimizerName
 
 Train = Literal["full", "lora"]
 DType = Literal["float32", "bfloat16"]
-OptimizerName = Literal["adamw", "adam", "sgd", "lion", "muon"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -160,7 +160,7 @@ def reinforce(config: GRPOConfig) -> report.Result:
         policy = run.policy
         before = run.test("before", policy.whole(policy.trainable))
         reference = build.reference_of(policy, "reference_logprobs" in objective.needs)
-        optimizer = build.make_optimizer(tuning)
+        optimizer = build.make_optimizer(tuning, policy.trainable)
         state = pg.train.init(
             policy.trainable, optimizer, jax.random.key(config.seed), objective=objective
         )
@@ -244,7 +244,7 @@ def fine_tune(config: SFTConfig) -> report.Result:
         if too_long:
             print(f"left out {too_long} conversations of more than {max(config.lengths)} tokens")
         before = run.test("before", policy.whole(policy.trainable))
-        optimizer = build.make_optimizer(tuning)
+        optimizer = build.make_optimizer(tuning, policy.trainable)
         state = pg.train.init(policy.trainable, optimizer, jax.random.key(config.seed))
         update = pg.train.make_update(
             pg.train.language_model_outputs(policy.decoder, packed_shares=tuning.packed),

@@ -42,22 +42,17 @@ def answers(samples: Any, batch: Any) -> dict[str, Any]:
     return {"answer_ids": jnp.where(ok, values, -1 - jnp.arange(values.shape[0]))}
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
+def make_optimizer(config: Config, shardings: Any = None) -> optax.GradientTransformation:
     """Clipping by global norm, then the named optimizer with a linearly warmed-up rate."""
     rl = config.rl
     peak, steps = rl.learning_rate, rl.warmup_steps
-    rate = optax.linear_schedule(peak / steps, peak, steps)
-    optimizer = {
-        "adam": lambda: optax.adam(rate, b1=0.9, b2=0.99),
-        "adamw": lambda: optax.adamw(rate, b1=0.9, b2=0.99, weight_decay=rl.weight_decay),
-        "sgd": lambda: optax.sgd(rate, momentum=0.9),
-        "lion": lambda: optax.lion(rate, weight_decay=rl.weight_decay),
-        "muon": lambda: optax.contrib.muon(
-            rate,
-            weight_decay=rl.weight_decay,
-            muon_weight_dimension_numbers=optimizers.matrix_axes,
-        ),
-    }[config.optimizer]()
+    optimizer = optimizers.make(
+        config.optimizer,
+        optax.linear_schedule(peak / steps, peak, steps),
+        weight_decay=rl.weight_decay,
+        betas=(0.9, 0.99),
+        shardings=shardings,
+    )
     return optax.chain(optax.clip_by_global_norm(rl.clip_norm), optimizer)
 
 

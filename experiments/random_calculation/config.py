@@ -8,8 +8,8 @@ from typing import Literal
 
 from experiments.shared import runs
 from experiments.shared.objectives import AggregateName, ObjectiveName
+from experiments.shared.optimizers import OptimizerName
 
-OptimizerName = Literal["adam", "adamw", "sgd", "lion", "muon"]
 RewardName = Literal["exact", "continuous", "random", "inverted", "majority_incorrect"]
 Preset = Literal["cpu", "gpu", "tpu-pod"]
 

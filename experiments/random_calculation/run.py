@@ -167,7 +167,7 @@ class Run:
     def reinforce(self, initial: Any) -> tuple[Any, float]:
         """Parameters after the policy-gradient phase, and sampled tokens per second."""
         config, rl = self.config, self.config.rl
-        optimizer = build.make_optimizer(config)
+        optimizer = build.make_optimizer(config, self.shardings)
         # The update donates its state, so the learner gets a copy; the reference stays as it is.
         reference = {"decoder": initial}
         params = {**self.params, "decoder": jax.tree.map(jnp.copy, initial)}

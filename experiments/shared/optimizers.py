@@ -1,15 +1,85 @@
-"""What experiments tell optimizers about a decoder's parameters."""
+"""The optimizers that experiments know by name, one learning rate each."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
 
+import pgjax as pg
+
+OptimizerName = Literal[
+    "adam", "adamw", "sgd", "lion", "muon", "moonshot_muon", "polar_grad", "symmetry", "soap"
+]
+
+
+def make(
+    name: OptimizerName,
+    rate: optax.Schedule,
+    *,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    shardings: Any = None,
+) -> optax.GradientTransformation:
+    """The named optimizer; matrix optimizers leave what is no matrix to AdamW at the same rate.
+
+    Args:
+      rate: the learning rate over steps. For "symmetry" it is the matrices', to which the other
+        layers' stand as published.
+      betas: of Adam and AdamW.
+      shardings: a tree of the trainable parameters' `NamedSharding`s, or of the parameters
+        themselves; matrix optimizers deal whole matrices out over a mesh of several devices.
+    """
+    layout = None if shardings is None else pg.optim.layout_of(shardings)
+    b1, b2 = betas
+
+    def adamw() -> optax.GradientTransformation:
+        return optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay)
+
+    def muon(**options: Any) -> optax.GradientTransformation:
+        return pg.optim.muon(
+            rate, weight_decay=weight_decay, layout=layout, adam=adamw(), **options
+        )
+
+    def symmetry() -> optax.GradientTransformation:
+        published = pg.optim.Rates()
+        names = ("embedding", "head", "router", "matrices", "vectors")
+        shares = {n: getattr(published, n) / published.matrices for n in names}
+        scaled = {n: _times(rate, share) for n, share in shares.items()}
+        return pg.optim.symmetry_stack(
+            pg.optim.Rates(**scaled), weight_decay=weight_decay, layout=layout
+        )
+
+    def soap() -> optax.GradientTransformation:
+        matrices = optax.chain(
+            pg.optim.scale_by_soap(),
+            optax.add_decayed_weights(weight_decay),
+            optax.scale_by_learning_rate(rate),
+        )
+        return pg.optim.with_adam(matrices, adamw())
+
+    return {
+        "adam": lambda: optax.adam(rate, b1=b1, b2=b2),
+        "adamw": adamw,
+        "sgd": lambda: optax.sgd(rate, momentum=0.9),
+        "lion": lambda: optax.lion(rate, weight_decay=weight_decay),
+        "muon": muon,
+        "moonshot_muon": lambda: muon(kind="heavy_ball_nesterov", shape="moonshot"),
+        "polar_grad": lambda: pg.optim.polar_grad_with_adam(
+            rate, weight_decay=weight_decay, layout=layout, adam=adamw()
+        ),
+        "symmetry": symmetry,
+        "soap": soap,
+    }[name]()
+
+
+def _times(rate: optax.Schedule, factor: float) -> optax.Schedule:
+    return lambda count: factor * rate(count)
+
 
 def matrix_axes(params: Any) -> Any:
-    """Which axes of each parameter are a matrix's input and output, for Muon; None: use Adam.
+    """Which axes of each parameter are a matrix's input and output, for Optax's Muon; None: Adam.
 
     The layers' projections are matrices, stacked along their first axis (experts' along the second
     as well); the heads of an attention projection are one matrix together. Embeddings, the output

@@ -84,6 +84,7 @@ def main(
     *,
     description: str | None,
     arguments: Sequence[str] | None = None,
+    part: Callable[[_Config], str] | None = None,
 ) -> int:
     """Parses a config with `out`, runs, prints and saves; 0 if every claim holds, else 1.
 
@@ -93,6 +94,7 @@ def main(
       run: the experiment.
       description: for `--help`.
       arguments: default: the command line's.
+      part: names a directory below `out`, for experiments of several parts.
     """
     import rich
     import tyro
@@ -121,7 +123,7 @@ def main(
     for claim in found.claims:
         mark = "[green]yes[/]" if claim.holds else "[red]no [/]"
         rich.print(f"{mark} {claim.text}: {claim.seen}")
-    out = pathlib.Path(config.out)
+    out = pathlib.Path(config.out, *([] if part is None else [part(config)]))
     out.mkdir(parents=True, exist_ok=True)
     runs.write_json(
         out / "results.json",
@@ -147,6 +149,8 @@ def main(
 
 def _with_error(values: Float[np.ndarray, " S"]) -> str:
     mean = np.mean(values)
+    small = 0 < abs(mean) < 1e-3 or abs(mean) >= 1e5
+    form = ".2e" if small else ".3f"
     if values.size < 2:
-        return f"{mean:.3f}"
-    return f"{mean:.3f} ± {values.std(ddof=1) / values.size**0.5:.3f}"
+        return f"{mean:{form}}"
+    return f"{mean:{form}} ± {values.std(ddof=1) / values.size**0.5:{form}}"

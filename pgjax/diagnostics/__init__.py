@@ -1,6 +1,6 @@
 """Exact gradients by enumeration, the judge of every estimator; what drafts are worth."""
 
-from pgjax.diagnostics import problems, speculative
+from pgjax.diagnostics import problems, spectra, speculative
 from pgjax.diagnostics.enumeration import (
     all_draws,
     bandit_rollout,
@@ -28,6 +28,7 @@ __all__ = [
     "policy_gradient",
     "problems",
     "sampled_mismatch",
+    "spectra",
     "speculative",
     "stratified_bootstrap",
 ]
