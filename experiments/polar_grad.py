@@ -24,7 +24,6 @@ from jaxtyping import Array, Float
 
 import pgjax as pg
 from experiments.shared import reproduction
-from pgjax.diagnostics import spectra
 from pgjax.optim import MatrixSpec, oracles
 
 
@@ -249,27 +248,31 @@ class Curves(NamedTuple):
     residual: Float[np.ndarray, "S K"]
 
 
-def solve(problem: Problem, method: Method, steps: int, every: int, seeds: int) -> Curves:
+class Started(NamedTuple):
+    """A problem with the data and the start of every seed."""
+
+    problem: Problem
+    params: Any
+    data: Any
+    measure: Callable[[Any, Any], Array]
+
+
+def start(problem: Problem, seeds: int) -> Started:
+    """Draws all seeds; what depends on data alone is compiled once, not for every method."""
+    keys = jax.random.split(jax.random.key(0), seeds)
+    params, data = jax.jit(jax.vmap(problem.init))(keys)
+    over_records = jax.vmap(problem.measure, (0, None))
+    return Started(problem, params, data, jax.jit(jax.vmap(over_records)))
+
+
+def solve(begun: Started, method: Method, steps: int, every: int) -> Curves:
     """All seeds of one method under one `jit`; a record every so many steps, before them."""
-    transform = method.transform
+    transform, loss = method.transform, begun.problem.loss
 
-    def record(params: Any, data: Any, key: Array) -> tuple[Array, ...]:
-        g = jax.grad(problem.loss)(params, data, key)["x"]
-        residual = spectra.condition_number(problem.residual(params, data))
-        return (
-            problem.measure(params, data),
-            spectra.nuclear_norm(g),
-            spectra.condition_number(g),
-            residual,
-        )
-
-    def one(key: Array) -> tuple[Array, ...]:
-        start, noise = jax.random.split(key)
-        params, data = problem.init(start)
-
+    def one(params: Any, data: Any, key: Array) -> Any:
         def step(carry: Any, key: Array) -> tuple[Any, None]:
             params, state = carry
-            g = jax.grad(problem.loss)(params, data, key)
+            g = jax.grad(loss)(params, data, key)
             if method.units:
                 g = jax.tree.map(lambda x: x / data["smooth"], g)
             if method.newton:
@@ -277,17 +280,27 @@ def solve(problem: Problem, method: Method, steps: int, every: int, seeds: int) 
             updates, state = transform.update(g, state, params)
             return (optax.apply_updates(params, updates), state), None
 
-        def block(carry: Any, keys: Array) -> tuple[Any, tuple[Array, ...]]:
-            seen = record(carry[0], data, keys[0])
-            return jax.lax.scan(step, carry, keys)[0], seen
+        def record(params: Any, key: Array) -> Any:
+            return params, jax.grad(loss)(params, data, key)["x"]
 
-        keys = jax.random.split(noise, steps).reshape(steps // every, every)
+        def block(carry: Any, keys: Array) -> tuple[Any, Any]:
+            return jax.lax.scan(step, carry, keys)[0], record(carry[0], keys[0])
+
+        keys = jax.random.split(key, steps).reshape(steps // every, every)
         (params, _), seen = jax.lax.scan(block, (params, transform.init(params)), keys)
-        last = record(params, data, noise)
-        return tuple(jnp.append(x, y) for x, y in zip(seen, last, strict=True))
+        last = record(params, key)
+        return jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), seen, last)
 
-    keys = jax.random.split(jax.random.key(0), seeds)
-    return Curves(*map(np.asarray, jax.jit(jax.vmap(one))(keys)))
+    seeds = len(jax.tree.leaves(begun.params)[0])
+    keys = jax.random.split(jax.random.key(1), seeds)
+    params, gradients = jax.jit(jax.vmap(one))(begun.params, begun.data, keys)
+    value = np.asarray(begun.measure(params, begun.data))
+    over_records = jax.vmap(jax.vmap(begun.problem.residual, (0, None)))
+    residuals = np.asarray(over_records(params, begun.data))
+    spectrum = np.linalg.svd(np.asarray(gradients), compute_uv=False)
+    with np.errstate(divide="ignore", invalid="ignore"):  # at the minimum there is nothing left
+        condition = spectrum[..., 0] / spectrum[..., -1]
+        return Curves(value, spectrum.sum(-1), condition, np.linalg.cond(residuals))
 
 
 def linear_fit(curves: Float[np.ndarray, "S K"], every: int, start: int = 100) -> tuple[Any, Any]:
@@ -401,8 +414,9 @@ def run(config: Config) -> reproduction.Findings:
             steps, seeds = 120, 2
         if steps < 120 or steps % every:
             raise ValueError(f"steps: expected a multiple of {every} of at least 120, got {steps}")
+        begun = start(problem, seeds)
         found = {
-            name: solve(problem, problem.methods[name], steps, every, seeds)
+            name: solve(begun, problem.methods[name], steps, every)
             for name in reproduction.track(problem.methods)
         }
     table = {
