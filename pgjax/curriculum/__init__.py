@@ -1,7 +1,24 @@
-"""What to train on next, and how much of each signal to use by when."""
+"""What to train on next, how much of it, and how much of each signal to use by when."""
 
 from __future__ import annotations
 
+from pgjax.curriculum.batch_size import (
+    accumulate_moments,
+    coordinate_test,
+    inner_product_test,
+    next_batch_size,
+    norm_test,
+    orthogonality_test,
+)
 from pgjax.curriculum.mixing import accuracy_mix, cosine_restarts
 
-__all__ = ["accuracy_mix", "cosine_restarts"]
+__all__ = [
+    "accumulate_moments",
+    "accuracy_mix",
+    "coordinate_test",
+    "cosine_restarts",
+    "inner_product_test",
+    "next_batch_size",
+    "norm_test",
+    "orthogonality_test",
+]

@@ -5,6 +5,8 @@ shape factor and a `momentum`; `by_role` and `route` say which leaves get it.
 """
 
 from pgjax.optim import coefficients, oracles
+from pgjax.optim.accelerated_sliding import accelerated_sliding
+from pgjax.optim.adagrad_norm import AdagradNormState, adagrad_norm, scale_by_adagrad_norm
 from pgjax.optim.combine import MatrixState, matrix_transform
 from pgjax.optim.dion import Dion2State, DionState, scale_by_dion, scale_by_dion2
 from pgjax.optim.layout import Layout, layout_of
@@ -19,9 +21,41 @@ from pgjax.optim.matrix import (
     shape_factor,
     to_canonical,
 )
+from pgjax.optim.mirror import mirror_step, soft_threshold
 from pgjax.optim.momentum import DisplacementState, MomentumState, add_displacement, momentum
+from pgjax.optim.momentum_family import (
+    MomentumParams,
+    ThreeParameterState,
+    convex_nesterov_params,
+    gd_params,
+    heavy_ball_params,
+    nesterov_params,
+    output_point,
+    quadratic_rate,
+    query_point,
+    three_parameter_method,
+    triple_momentum_params,
+)
 from pgjax.optim.muon import muon, scale_by_muon
+from pgjax.optim.ode import accelerated_ode, rk4
 from pgjax.optim.oracles import Oracle
+from pgjax.optim.per_sample import (
+    PerSampleMoments,
+    combine_moments,
+    merge_moments,
+    per_sample_grads,
+    per_sample_moments,
+)
+from pgjax.optim.pg_momentum import (
+    GradientAverageState,
+    harpg_point,
+    igt_point,
+    normalize_global,
+    scale_by_harpg,
+    scale_by_igt,
+    trajectory_hvp,
+)
+from pgjax.optim.points import asam_point, hvp, lookahead, sam_point, score_hvp, segment_point
 from pgjax.optim.polar import inverse_sqrt, polar
 from pgjax.optim.polar_grad import (
     polar_grad,
@@ -31,8 +65,29 @@ from pgjax.optim.polar_grad import (
 )
 from pgjax.optim.roles import Role, default_roles, default_specs, per_head_specs
 from pgjax.optim.routing import by_role, describe, route, with_adam
+from pgjax.optim.schedules import (
+    GradientSchedules,
+    harpg_schedules,
+    igt_schedules,
+    last_iterate_linear,
+    last_iterate_sqrt,
+    normalized_harpg_schedules,
+    normalized_momentum_schedules,
+    plain_gradient_schedules,
+    strongly_convex_decay,
+    strongly_convex_two_phase,
+)
 from pgjax.optim.scion import scion, scion_lmo
 from pgjax.optim.shampoo import ShampooState, SoapState, scale_by_shampoo, scale_by_soap
+from pgjax.optim.sliding import (
+    SlidingSchedule,
+    SlidingTrace,
+    gradient_sliding,
+    lan_convex,
+    prox_sliding,
+    restart_free,
+    sliding_rate,
+)
 from pgjax.optim.snr import (
     GradientMoments,
     SnrState,
@@ -53,64 +108,118 @@ from pgjax.optim.symmetry import (
 )
 
 __all__ = [
+    "AdagradNormState",
     "Dion2State",
     "DionState",
     "DisplacementState",
+    "GradientAverageState",
     "GradientMoments",
+    "GradientSchedules",
     "Layout",
     "MatrixSpec",
     "MatrixState",
+    "MomentumParams",
     "MomentumState",
     "Oracle",
+    "PerSampleMoments",
     "Rates",
     "Role",
     "ShampooState",
+    "SlidingSchedule",
+    "SlidingTrace",
     "SnrState",
     "SoapState",
+    "ThreeParameterState",
+    "accelerated_ode",
+    "accelerated_sliding",
+    "adagrad_norm",
     "add_displacement",
+    "asam_point",
     "by_role",
     "center_rows",
     "coefficients",
+    "combine_moments",
+    "convex_nesterov_params",
     "default_roles",
     "default_specs",
     "describe",
     "dual_scale",
     "from_canonical",
+    "gd_params",
     "gradient_moments",
     "gradient_moments_from_norms",
+    "gradient_sliding",
+    "harpg_point",
+    "harpg_schedules",
+    "heavy_ball_params",
+    "hvp",
     "hybrid_update",
+    "igt_point",
+    "igt_schedules",
     "inner",
     "inverse_sqrt",
+    "lan_convex",
+    "last_iterate_linear",
+    "last_iterate_sqrt",
     "layout_of",
     "left_spectral",
+    "lookahead",
     "matrix_transform",
+    "merge_moments",
+    "mirror_step",
     "momentum",
     "muon",
+    "nesterov_params",
     "nonfinite_leaves",
+    "normalize_global",
+    "normalized_harpg_schedules",
+    "normalized_momentum_schedules",
     "oracles",
     "orient",
+    "output_point",
     "per_head_specs",
+    "per_sample_grads",
+    "per_sample_moments",
+    "plain_gradient_schedules",
     "polar",
     "polar_grad",
     "polar_grad_with_adam",
     "polar_heavy_ball",
+    "prox_sliding",
+    "quadratic_rate",
+    "query_point",
+    "restart_free",
     "right_spectral",
+    "rk4",
     "route",
     "row_norm_update",
     "row_normalize",
+    "sam_point",
+    "scale_by_adagrad_norm",
     "scale_by_dion",
     "scale_by_dion2",
     "scale_by_gradient_snr",
+    "scale_by_harpg",
+    "scale_by_igt",
     "scale_by_muon",
     "scale_by_polar",
     "scale_by_shampoo",
     "scale_by_soap",
     "scion",
     "scion_lmo",
+    "score_hvp",
+    "segment_point",
     "shape_factor",
+    "sliding_rate",
     "snr_factor",
+    "soft_threshold",
+    "strongly_convex_decay",
+    "strongly_convex_two_phase",
     "symmetry_stack",
+    "three_parameter_method",
     "to_canonical",
+    "trajectory_hvp",
+    "triple_momentum_params",
     "unorient",
     "with_adam",
 ]
