@@ -1,0 +1,26 @@
+"""PolarGrad's problems, in small, from the command line to the files."""
+
+import json
+
+from experiments import polar_grad
+
+
+def test_completion_runs_to_its_files(tmp_path, capsys):
+    code = polar_grad.main(["--problem", "completion", "--quick", "--out", str(tmp_path)])
+    assert code in (0, 1)  # a sixth of the steps need not show anything
+    found = json.loads((tmp_path / "completion" / "results.json").read_text())
+    ends = {
+        name: columns["mean squared error of seen entries"]
+        for name, columns in found["table"].items()
+    }
+    assert set(ends) >= {"PolarGrad", "Muon", "Adam", "gradient descent"}
+    assert max(ends["PolarGrad, 4 times"]) < min(ends["gradient descent"])
+    assert (tmp_path / "completion" / "curves.png").stat().st_size > 0
+    assert "PolarGrad" in capsys.readouterr().out
+
+
+def test_wrong_settings_are_named(tmp_path, capsys):
+    assert polar_grad.main(["--seeds", "1", "--out", str(tmp_path)]) == 2
+    assert "seeds: expected at least 2, got 1" in capsys.readouterr().err
+    assert polar_grad.main(["--steps", "130", "--out", str(tmp_path)]) == 2
+    assert "steps: expected a multiple of 20" in capsys.readouterr().err
