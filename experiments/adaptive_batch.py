@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 from experiments.shared import reproduction
 from pgjax.curriculum import batch_size as growth
 from pgjax.optim import per_sample
-from pgjax.optim.adagrad_norm import adagrad_norm
+from pgjax.optim.adagrad import adagrad_norm
 
 Test = Callable[[per_sample.PerSampleMoments], Array]
 

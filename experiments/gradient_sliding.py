@@ -27,8 +27,8 @@ import scipy.stats
 from jaxtyping import Array, Float
 
 from experiments.shared import reproduction
-from pgjax.optim import accelerated_sliding as fast
 from pgjax.optim import mirror, schedules, sliding
+from pgjax.optim import smoothed_sliding as fast
 
 MU, L = 1.0, 100.0
 

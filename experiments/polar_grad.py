@@ -168,7 +168,7 @@ def logistic(config: Config) -> Problem:
     # Every method has the same factors around its published step, and its best is compared.
     base = (1.5e-7, 2.5e-7, 0.1, 5e-3) if paper else (1e-5, 1e-5, 0.1, 5e-3)
     factors = (1.0,) if paper else (0.1, 0.3, 1.0, 3.0)
-    methods = {}
+    methods: dict[str, Method] = {}
     for f in factors:
         methods |= {
             f"PolarSGD @{base[0] * f:g}": Method(polar(config, base[0] * f)),

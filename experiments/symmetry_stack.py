@@ -151,10 +151,10 @@ def optimizer(
 class Curves(NamedTuple):
     """Over records: loss above the chain's entropy, length of a mean row, evenness of experts."""
 
-    excess: Float[np.ndarray, "... K"]
-    head_row: Float[np.ndarray, "... K"]
-    router_row: Float[np.ndarray, "... K"]
-    load_entropy: Float[np.ndarray, "... K"]
+    excess: Any
+    head_row: Any
+    router_row: Any
+    load_entropy: Any
 
 
 def learn(

@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 
 from pgjax.curriculum import batch_size as tests_of
-from pgjax.optim import adagrad_norm as an
+from pgjax.optim import adagrad as an
 from pgjax.optim import per_sample
 
 ROWS = np.array([[1.0, 0.0], [3.0, 0.0], [2.0, 2.0], [2.0, -2.0]], np.float32)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from pgjax.optim import accelerated_sliding as fast
 from pgjax.optim import sliding
+from pgjax.optim import smoothed_sliding as fast
 
 RNG = np.random.default_rng(0)
 VALUES = np.array([0.0, 0.5, 3.0, 10.0])

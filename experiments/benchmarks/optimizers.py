@@ -94,7 +94,8 @@ class Update:
         start = time.perf_counter()
         self.compiled = jax.jit(update, donate_argnums=1).lower(like, state).compile()
         self.seconds = time.perf_counter() - start
-        self.bytes = self.compiled.memory_analysis().temp_size_in_bytes
+        analysis: Any = self.compiled.memory_analysis()
+        self.bytes = analysis.temp_size_in_bytes
         if run:
             keys = jax.random.split(jax.random.key(0), len(shapes))
             self.gradients = {

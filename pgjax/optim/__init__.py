@@ -5,8 +5,7 @@ shape factor and a `momentum`; `by_role` and `route` say which leaves get it.
 """
 
 from pgjax.optim import coefficients, oracles
-from pgjax.optim.accelerated_sliding import accelerated_sliding
-from pgjax.optim.adagrad_norm import AdagradNormState, adagrad_norm, scale_by_adagrad_norm
+from pgjax.optim.adagrad import AdagradNormState, adagrad_norm, scale_by_adagrad_norm
 from pgjax.optim.combine import MatrixState, matrix_transform
 from pgjax.optim.dion import Dion2State, DionState, scale_by_dion, scale_by_dion2
 from pgjax.optim.layout import Layout, layout_of
@@ -88,6 +87,7 @@ from pgjax.optim.sliding import (
     restart_free,
     sliding_rate,
 )
+from pgjax.optim.smoothed_sliding import accelerated_sliding
 from pgjax.optim.snr import (
     GradientMoments,
     SnrState,
