@@ -11,6 +11,12 @@ from pgjax.curriculum.batch_size import (
     orthogonality_test,
 )
 from pgjax.curriculum.mixing import accuracy_mix, cosine_restarts
+from pgjax.curriculum.useful import (
+    kmeans2,
+    separating_epoch,
+    slow_cluster_mask,
+    upsample_indices,
+)
 
 __all__ = [
     "accumulate_moments",
@@ -18,7 +24,11 @@ __all__ = [
     "coordinate_test",
     "cosine_restarts",
     "inner_product_test",
+    "kmeans2",
     "next_batch_size",
     "norm_test",
     "orthogonality_test",
+    "separating_epoch",
+    "slow_cluster_mask",
+    "upsample_indices",
 ]

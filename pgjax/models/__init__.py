@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pgjax.models import lora, quantization
+from pgjax.models import lora, quantization, single_layer
 from pgjax.models.cache import (
     CompletionCache,
     PrefixCache,
@@ -54,6 +54,7 @@ __all__ = [
     "score_head_apply",
     "score_head_init",
     "score_head_logical_axes",
+    "single_layer",
     "value_head_apply",
     "value_head_init",
     "value_head_logical_axes",
