@@ -32,10 +32,15 @@ def empty_caches():
 
 SLOW_FILES = ("test_experiments_", "test_pretrained_live")
 SLOW_TESTS = ("killed_ten_times",)
+WHOLE_PROGRAMS = ("test_notebooks", "test_optim_sharded")  # minutes of compiling; not in brief
 
 
 def pytest_addoption(parser):
-    parser.addoption("--brief", action="store_true", help="one case of each parametrised test")
+    parser.addoption(
+        "--brief",
+        action="store_true",
+        help="one case of each parametrised test, none of whole programs",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -52,6 +57,7 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             test = item.nodeid.split("[")[0]
             cases[test] += 1
-            (kept if cases[test] == 1 else left).append(item)
+            first = cases[test] == 1 and not item.path.name.startswith(WHOLE_PROGRAMS)
+            (kept if first else left).append(item)
         items[:] = kept
         config.hook.pytest_deselected(items=left)
