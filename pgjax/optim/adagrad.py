@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array
 
 from pgjax import _checks
+from pgjax._arrays import widened
 
 
 class AdagradNormState(NamedTuple):
@@ -50,7 +51,7 @@ def scale_by_adagrad_norm(
         updates: Any, state: AdagradNormState, params: Any = None
     ) -> tuple[Any, AdagradNormState]:
         del params
-        squares = jax.tree.map(lambda g: jnp.square(_wide(g)), updates)
+        squares = jax.tree.map(lambda g: jnp.square(widened(g)), updates)
         if per_row:
             sums = jax.tree.map(
                 lambda v, s: v + jnp.sum(s, axis=tuple(range(s.ndim - 1))), state.sums, squares
@@ -59,7 +60,7 @@ def scale_by_adagrad_norm(
         else:
             sums = state.sums + optax.tree.sum(squares)
             scales = jax.tree.map(lambda _: _inverse_root(sums), updates)
-        scaled = jax.tree.map(lambda g, s: (_wide(g) * s).astype(g.dtype), updates, scales)
+        scaled = jax.tree.map(lambda g, s: (widened(g) * s).astype(g.dtype), updates, scales)
         return scaled, AdagradNormState(sums)
 
     return optax.GradientTransformation(init, update)
@@ -88,7 +89,3 @@ def adagrad_norm(
 
 def _inverse_root(v: Array) -> Array:
     return jnp.where(v > 0, jax.lax.rsqrt(jnp.where(v > 0, v, 1.0)), 0.0)
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

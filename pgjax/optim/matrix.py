@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pgjax import _checks, _paths
+from pgjax._arrays import safe_sqrt, widened
 
 SHAPE_FACTORS = ("none", "keller", "spectral", "moonshot")
 
@@ -148,8 +149,7 @@ def from_canonical(
 def inner(x: Float[Array, "*b m n"], u: Float[Array, "*b m n"]) -> Float[Array, "*b"]:
     """`<X, U>` of each matrix: the sum over the last two axes only, in float32 or wider."""
     _checks.same_shape(x=x, u=u)
-    wide = jnp.promote_types(jnp.result_type(x, u), jnp.float32)
-    return jnp.sum(x.astype(wide) * u.astype(wide), axis=(-2, -1))
+    return jnp.sum(widened(x) * widened(u), axis=(-2, -1))
 
 
 def dual_scale(
@@ -172,24 +172,21 @@ def dual_scale(
 
 def frobenius_norm(x: Float[Array, "*b m n"]) -> Float[Array, "*b 1 1"]:
     """`‖X‖_F` of each matrix in float32 or wider; its gradient at 0 is 0, not NaN."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    square = jnp.sum(jnp.square(x.astype(wide)), axis=(-2, -1), keepdims=True)
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    return safe_sqrt(jnp.sum(jnp.square(widened(x)), axis=(-2, -1), keepdims=True))
 
 
 def row_normalize(x: Float[Array, "*b m n"], *, eps: float = 1e-8) -> Float[Array, "*b m n"]:
     """Each row over its length: `x_i / (‖x_i‖ + eps)`, norms in float32; zero rows stay zero."""
     _checks.in_range("eps", eps, 0, low_open=True)
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    square = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
-    norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
-    return (wide / (norm + eps)).astype(x.dtype)
+    rows = widened(x)
+    norm = safe_sqrt(jnp.sum(jnp.square(rows), axis=-1, keepdims=True))
+    return (rows / (norm + eps)).astype(x.dtype)
 
 
 def center_rows(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
     """Each row less the mean row, which a softmax over the rows' outputs cannot see."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return (wide - jnp.mean(wide, axis=-2, keepdims=True)).astype(x.dtype)
+    rows = widened(x)
+    return (rows - jnp.mean(rows, axis=-2, keepdims=True)).astype(x.dtype)
 
 
 def shape_factor(m: int, n: int, kind: str) -> float:

@@ -18,6 +18,7 @@ import optax
 from jaxtyping import Array, Int
 
 from pgjax import _checks
+from pgjax._arrays import widened
 
 KINDS = ("ema", "ema_nesterov", "heavy_ball", "heavy_ball_nesterov")
 
@@ -66,7 +67,7 @@ def momentum(
         share = 1 - beta if average else 1.0
 
         def moved(g: Array, m: Array) -> Array:
-            return beta * _wide(m) + share * _wide(g)
+            return beta * widened(m) + share * widened(g)
 
         def given(g: Array, m: Array) -> Array:
             now = moved(g, m)
@@ -75,7 +76,7 @@ def momentum(
                 t = count.astype(now.dtype)
                 here, ahead = 1 - beta**t, 1 - beta ** (t + 1)
             if kind.endswith("nesterov"):
-                now = beta * now / ahead + share * _wide(g) / here
+                now = beta * now / ahead + share * widened(g) / here
             else:
                 now = now / here
             return now.astype(g.dtype)
@@ -107,7 +108,7 @@ def add_displacement(beta: Any) -> optax.GradientTransformation:
             raise ValueError("params: a heavy ball needs the parameters, got None")
 
         def moved(u: Array, now: Array, before: Array) -> Array:
-            return (_wide(u) + beta * (_wide(now) - _wide(before))).astype(u.dtype)
+            return (widened(u) + beta * (widened(now) - widened(before))).astype(u.dtype)
 
         return (
             jax.tree.map(moved, updates, params, state.previous),
@@ -115,7 +116,3 @@ def add_displacement(beta: Any) -> optax.GradientTransformation:
         )
 
     return optax.GradientTransformation(init, update)
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

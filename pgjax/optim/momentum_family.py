@@ -21,6 +21,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from pgjax import _checks
+from pgjax._arrays import widened
 from pgjax.optim import points
 
 Coefficient = Any
@@ -174,7 +175,7 @@ def three_parameter_method(coefficients: MomentumParams) -> optax.GradientTransf
         a, b = _now(coefficients.a, state.step), _now(coefficients.b, state.step)
 
         def step(g: Array, x: Array, before: Array) -> Array:
-            return (b * (_wide(x) - _wide(before)) - a * _wide(g)).astype(jnp.result_type(g))
+            return (b * (widened(x) - widened(before)) - a * widened(g)).astype(jnp.result_type(g))
 
         steps = jax.tree.map(step, updates, params, state.previous)
         previous = jax.tree.map(lambda x, p: jnp.asarray(x, p.dtype), params, state.previous)
@@ -238,7 +239,7 @@ def quadratic_rate(
             text = f"eigenvalues: the coefficients are for {bounds}, got values in {(low, high)}"
             warnings.warn(text, stacklevel=2)
     a, b, c, _ = coefficients
-    values = _wide(eigenvalues)
+    values = widened(eigenvalues)
     trace = 1 + b - a * values * (1 + c)
     product = b - a * values * c
     square = trace**2 - 4 * product
@@ -255,7 +256,3 @@ def _kappa(mu: float, smoothness: float) -> float:
 def _now(coefficient: Coefficient, count: Array) -> Any:
     """The value at this count."""
     return coefficient(count) if callable(coefficient) else coefficient
-
-
-def _wide(x: Any) -> Array:
-    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from pgjax._arrays import widened
 from pgjax.optim import points
 
 
@@ -63,7 +64,7 @@ def per_sample_moments(gradients: Any) -> PerSampleMoments:
       ValueError: no leaves, leaves of different n, fewer than two samples.
     """
     count = num_rows("gradients", gradients, least=2)
-    wide = jax.tree.map(_wide, gradients)
+    wide = jax.tree.map(widened, gradients)
     mean = jax.tree.map(lambda g: jnp.mean(g, axis=0), wide)
     variance = jax.tree.map(lambda g: jnp.var(g, axis=0, ddof=1), wide)
     return _moments(mean, variance, jnp.asarray(count, jnp.int32))
@@ -146,7 +147,3 @@ def _moments(mean: Any, variance: Any, count: Array) -> PerSampleMoments:
     trace = jnp.asarray(optax.tree.sum(variance))
     square_norm = jnp.asarray(optax.tree.norm(mean, squared=True))
     return PerSampleMoments(mean, variance, trace, square_norm, count)
-
-
-def _wide(x: Any) -> Array:
-    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))

@@ -25,6 +25,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from pgjax import _checks
+from pgjax._arrays import widened
 from pgjax.optim import points
 from pgjax.optim.schedules import Schedule
 
@@ -155,7 +156,7 @@ def normalize_global(eps: float = 0.0) -> optax.GradientTransformation:
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, Any]:
         del params
-        wide = jax.tree.map(_wide, updates)
+        wide = jax.tree.map(widened, updates)
         sizes = [jnp.max(jnp.abs(u), initial=0.0) for u in jax.tree.leaves(wide)]
         largest = jnp.max(jnp.stack(sizes)) if sizes else jnp.zeros(())
         unit = jnp.where(largest == 0, 1.0, largest)
@@ -218,10 +219,10 @@ def _averaged(
 ) -> tuple[Any, GradientAverageState]:
     """The new average and state; `shift` is added to the old average first."""
     points.same_tree("updates", updates, "params", params)
-    before = jax.tree.map(_wide, state.average)
+    before = jax.tree.map(widened, state.average)
     if shift is not None:
-        before = jax.tree.map(lambda d, s: d + _wide(s), before, shift)
-    moved = jax.tree.map(lambda d, g: (1 - weight) * d + weight * _wide(g), before, updates)
+        before = jax.tree.map(lambda d, s: d + widened(s), before, shift)
+    moved = jax.tree.map(lambda d, g: (1 - weight) * d + weight * widened(g), before, updates)
     average = jax.tree.map(lambda m, d: m.astype(d.dtype), moved, state.average)
     out = jax.tree.map(lambda m, g: m.astype(jnp.result_type(g)), moved, updates)
     previous = jax.tree.map(lambda p, d: jnp.asarray(p, d.dtype), params, state.previous)
@@ -244,7 +245,3 @@ def _check_params(params: Any, state: GradientAverageState) -> None:
     if params is None:
         raise ValueError("params: expected the present parameters in update, got None")
     points.same_tree("params", params, "the state's previous", state.previous)
-
-
-def _wide(x: Any) -> Array:
-    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))

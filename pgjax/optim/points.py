@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, Float
 
 from pgjax import _checks
+from pgjax._arrays import safe_sqrt, widened
 
 
 def lookahead(params: Any, previous: Any, weight: Any) -> Any:
@@ -33,8 +34,8 @@ def lookahead(params: Any, previous: Any, weight: Any) -> Any:
     same_tree("previous", previous, "params", params)
 
     def point(x: Array, before: Array) -> Array:
-        now = _wide(x)
-        return (now + weight * (now - _wide(before))).astype(jnp.result_type(x))
+        now = widened(x)
+        return (now + weight * (now - widened(before))).astype(jnp.result_type(x))
 
     return jax.tree.map(point, params, previous)
 
@@ -56,7 +57,7 @@ def segment_point(start: Any, end: Any, share: Any) -> Any:
     same_tree("start", start, "end", end)
 
     def point(a: Array, b: Array) -> Array:
-        return ((1 - share) * _wide(a) + share * _wide(b)).astype(jnp.result_type(b))
+        return ((1 - share) * widened(a) + share * widened(b)).astype(jnp.result_type(b))
 
     return jax.tree.map(point, start, end)
 
@@ -80,11 +81,11 @@ def sam_point(params: Any, gradients: Any, *, rho: Any, eps: float = 1e-12) -> A
     _checks.in_range("rho", rho, 0)
     _checks.in_range("eps", eps, 0, low_open=True)
     same_tree("gradients", gradients, "params", params)
-    wide = jax.tree.map(_wide, gradients)
+    wide = jax.tree.map(widened, gradients)
     scale = rho / (_norm(wide) + eps)
 
     def point(x: Array, g: Array) -> Array:
-        return (_wide(x) + scale * g).astype(jnp.result_type(x))
+        return (widened(x) + scale * g).astype(jnp.result_type(x))
 
     return jax.tree.map(point, params, wide)
 
@@ -108,11 +109,11 @@ def asam_point(params: Any, gradients: Any, *, rho: Any, eps: float = 1e-12) -> 
     _checks.in_range("rho", rho, 0)
     _checks.in_range("eps", eps, 0, low_open=True)
     same_tree("gradients", gradients, "params", params)
-    scaled = jax.tree.map(lambda x, g: _wide(x) * _wide(g), params, gradients)
+    scaled = jax.tree.map(lambda x, g: widened(x) * widened(g), params, gradients)
     scale = rho / (_norm(scaled) + eps)
 
     def point(x: Array, s: Array) -> Array:
-        return (_wide(x) + scale * _wide(x) * s).astype(jnp.result_type(x))
+        return (widened(x) + scale * widened(x) * s).astype(jnp.result_type(x))
 
     return jax.tree.map(point, params, scaled)
 
@@ -184,8 +185,4 @@ def same_tree(name: str, tree: Any, like_name: str, like: Any) -> None:
 def _norm(tree: Any) -> Array:
     """The global norm, whose gradient at 0 is 0, not NaN."""
     square = jnp.asarray(optax.tree.norm(tree, squared=True))
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
-
-
-def _wide(x: Any) -> Array:
-    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+    return safe_sqrt(square)

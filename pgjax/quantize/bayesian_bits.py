@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from pgjax import _checks
+from pgjax._arrays import widened
 
 TEMPERATURE = 2 / 3
 LOW, HIGH = -0.1, 1.1
@@ -31,7 +32,7 @@ _REDUCTIONS = ("mean", "sum")
 def hard_concrete_sample(key: PRNGKeyArray, phi: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """`z = clip(1.2 σ((log u - log(1-u) + φ) / (2/3)) - 0.1, 0, 1)`, u uniform in (0, 1)."""
     _checks.floating(phi=phi)
-    wide = _wide(phi)
+    wide = widened(phi)
     noise = jax.random.logistic(key, wide.shape, wide.dtype)
     s = jax.nn.sigmoid((noise + wide) / TEMPERATURE)
     return jnp.clip((HIGH - LOW) * s + LOW, 0.0, 1.0)
@@ -40,13 +41,13 @@ def hard_concrete_sample(key: PRNGKeyArray, phi: Float[Array, "*s"]) -> Float[Ar
 def hard_concrete_prob(phi: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """`P(z > 0) = σ(φ - (2/3) log(0.1 / 1.1)) = σ(φ + 1.5986)`."""
     _checks.floating(phi=phi)
-    return jax.nn.sigmoid(_wide(phi) - _SHIFT)
+    return jax.nn.sigmoid(widened(phi) - _SHIFT)
 
 
 def hard_concrete_mode(phi: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """The gate after training: 1 where `P(z = 0) < 0.34`, that is `φ > -0.9353`, else 0."""
     _checks.floating(phi=phi)
-    wide = _wide(phi)
+    wide = widened(phi)
     return (jax.nn.sigmoid(_SHIFT - wide) < THRESHOLD).astype(wide.dtype)
 
 
@@ -89,7 +90,7 @@ def bayesian_bits(
 
 @functools.partial(jax.jit, static_argnames="signed")
 def _gated(x: Array, beta_q: Any, gates: tuple[Any, ...], *, signed: bool) -> Array:
-    wide, bound = _wide(x), jnp.asarray(beta_q, _wide(x).dtype)
+    wide, bound = widened(x), jnp.asarray(beta_q, widened(x).dtype)
     end = bound * (1 - 1e-7)
     left = jnp.clip(wide, -end if signed else 0.0, end)
     step = (2 * bound if signed else bound) / 3
@@ -179,8 +180,3 @@ def num_gates(max_bits: int) -> int:
 
 def _round(x: Array, most: int) -> Array:
     return x + jax.lax.stop_gradient(jnp.clip(jnp.round(x), -most, most) - x)
-
-
-def _wide(x: Array) -> Array:
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from pgjax import _checks
+from pgjax._arrays import safe_sqrt
 
 NOISE_AT = ("pre_drift", "post_drift")
 Objective = Callable[[Float[Array, " D"]], Array]
@@ -275,8 +276,7 @@ def _moved(
     if noise_at == "post_drift":
         away = drifted - center
     square = jnp.sum(jnp.square(away), axis=1, keepdims=True)
-    # The root of 0 has no derivative.
-    length = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    length = safe_sqrt(square)
     size = jnp.abs(away) if anisotropic else length
     noise = jax.random.normal(key, particles.shape, particles.dtype)
     return (drifted + sigma * jnp.sqrt(dt) * size * noise).astype(particles.dtype)
