@@ -29,7 +29,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 import pgjax as pg
 from experiments.shared import reproduction
-from pgjax import quantize
+from pgjax import models, quantize
 from pgjax.models import matrices
 from pgjax.tasks import random_calculation as task
 
@@ -121,7 +121,7 @@ def trained(
 
 def methods(
     config: Config, bits: int
-) -> dict[str, tuple[Callable[[quantize.Site], quantize.QuantResult], str | None]]:
+) -> dict[str, tuple[Callable[[models.low_bit.Site], quantize.QuantResult], str | None]]:
     """Each method's quantiser of a matrix, and the importance its channels are scaled by."""
     options: dict[str, Any] = {
         "bits": bits,
@@ -211,10 +211,10 @@ def run(config: Config) -> reproduction.Findings:
         picked = np.random.default_rng(seed).permutation(tokens.shape[0])[: config.calibration]
         rows = tokens[picked]
         kept = rows != task.PAD
-        moments = quantize.layer_moments(decoder, base, rows, mask=kept)
+        moments = models.low_bit.layer_moments(decoder, base, rows, mask=kept)
         importances = {
-            "activations": quantize.activation_scales(moments),
-            "updates": quantize.finetune_importance(base, tuned),
+            "activations": models.low_bit.activation_scales(moments),
+            "updates": models.low_bit.finetune_importance(base, tuned),
         }
         full = float(perplexity(base))
         for bits in config.bits:
@@ -224,7 +224,7 @@ def run(config: Config) -> reproduction.Findings:
             for name, (method, importance) in methods(config, bits).items():
                 given = base
                 if importance is not None:
-                    given, _ = quantize.scale_channels(
+                    given, _ = models.low_bit.scale_channels(
                         decoder,
                         base,
                         rows,
@@ -233,11 +233,11 @@ def run(config: Config) -> reproduction.Findings:
                         group=config.group,
                         mask=kept,
                     )
-                found = quantize.quantize_decoder(
+                found = models.low_bit.quantize_decoder(
                     decoder, given, rows, method, bits=bits, mask=kept
                 )
                 value = float(perplexity(found.params))
-                dense = float(perplexity(quantize.dense_params(found.params)))
+                dense = float(perplexity(models.low_bit.dense_params(found.params)))
                 gap = max(gap, abs(value / dense - 1))
                 wrong_bytes += found.bytes_after != expected
                 sizes[bits] = (found.bytes_before, found.bytes_after)

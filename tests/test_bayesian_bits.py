@@ -163,7 +163,8 @@ def test_adapter_of_a_decoder():
     decoder, params = models.init(config, jax.random.key(0))
     stack = [adapter(seed)[0] for seed in range(2)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *stack)
-    made = jax.vmap(lambda p: quantize.as_adapter(p, alpha=6.0))(stacked)
+    a, b = jax.vmap(blora.factors)(stacked)
+    made = lora.Adapter(a=a, b=b, alpha=6.0)
     tree = lora.attach(params, {"layers": {"mlp": {"up": made}}})
     dense = lora.merge(params, {"layers": {"mlp": {"up": made}}})
     for layer, part in enumerate(stack):

@@ -9,7 +9,7 @@ import pytest
 
 from pgjax import models, quantize
 from pgjax.models import linear, lora, matrices
-from pgjax.quantize import network, trace
+from pgjax.models.low_bit import network, trace
 
 LLAMA = models.DecoderConfig(
     vocab_size=11,
@@ -97,7 +97,7 @@ def test_inputs_of_the_first_layer():
     """Of query, key and value, and of up, from the formulas; masked tokens do not count."""
     decoder, params = build(LLAMA)
     mask = np.arange(9) < np.array([[9], [9], [5], [3], [9], [1]])
-    found = quantize.layer_moments(decoder, params, TOKENS, mask=mask, batch_size=2)[0]
+    found = models.low_bit.layer_moments(decoder, params, TOKENS, mask=mask, batch_size=2)[0]
     x = np.asarray(params["embedding"], np.float64)[TOKENS]
     x = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6)
     x = (x * np.asarray(params["layers"]["attention_norm"][0]))[mask]
@@ -115,7 +115,7 @@ def test_inputs_of_the_first_layer():
 @pytest.mark.parametrize(("bits", "group"), [(3, 8), (8, None)])
 def test_packed_decoder_is_the_rounded_one_and_takes_the_bytes_it_says(bits, group):
     decoder, params = build(LLAMA)
-    found = quantize.quantize_decoder(decoder, params, TOKENS, rtn(bits, group), bits=bits)
+    found = models.low_bit.quantize_decoder(decoder, params, TOKENS, rtn(bits, group), bits=bits)
     layouts = matrices.of(params)
     packed = found.params
     leaves = dict(zip(layouts, [None] * len(layouts), strict=True))
@@ -123,7 +123,7 @@ def test_packed_decoder_is_the_rounded_one_and_takes_the_bytes_it_says(bits, gro
     for name in leaves:
         _, block, leaf = name.split("/")
         matrix, old = packed["layers"][block][leaf], params["layers"][block][leaf]
-        assert isinstance(matrix, quantize.PackedMatrix) and matrix.shape == old.shape
+        assert isinstance(matrix, models.low_bit.PackedMatrix) and matrix.shape == old.shape
         layout = layouts[name]
         ins = int(np.prod(old.shape[1 : 1 + layout.ins]))
         outs = int(np.prod(old.shape[1 + layout.ins :]))
@@ -145,7 +145,7 @@ def test_packed_decoder_is_the_rounded_one_and_takes_the_bytes_it_says(bits, gro
     )
     saved = quantize.num_bytes(params) - quantize.num_bytes(packed)
     assert saved == found.bytes_before - found.bytes_after
-    dense = quantize.dense_params(packed)
+    dense = models.low_bit.dense_params(packed)
     np.testing.assert_allclose(
         apply(decoder, packed, TOKENS), apply(decoder, dense, TOKENS), atol=1e-5
     )
@@ -157,8 +157,8 @@ def test_packed_decoder_is_the_rounded_one_and_takes_the_bytes_it_says(bits, gro
 
 def test_generation_gradients_and_adapters_on_packed_matrices():
     decoder, params = build(LLAMA)
-    packed = quantize.quantize_decoder(decoder, params, TOKENS, gptq(4, 8), bits=4).params
-    dense = quantize.dense_params(packed)
+    packed = models.low_bit.quantize_decoder(decoder, params, TOKENS, gptq(4, 8), bits=4).params
+    dense = models.low_bit.dense_params(packed)
     many = decoder.for_many_steps(packed)
     cache = models.empty_slot_cache(LLAMA, num_slots=6, capacity=16, lookahead=2)
     cache = decoder.caches_for_many_steps(cache)
@@ -184,15 +184,15 @@ def test_stages_see_what_was_quantised_before():
         seen.append(site)
         return rtn(2)(site)
 
-    found = quantize.quantize_decoder(decoder, params, TOKENS, watch, bits=2, batch_size=2)
+    found = models.low_bit.quantize_decoder(decoder, params, TOKENS, watch, bits=2, batch_size=2)
     order = [f"layers/{name}" for stage in network.STAGES for name in stage]
     assert [(s.layer, s.name) for s in seen] == [(i, name) for i in range(2) for name in order]
     # Nothing before the first stage was quantised; everything after it is off.
     assert float(jnp.abs(seen[0].mismatch).max()) == 0.0
     assert all(float(jnp.abs(s.mismatch).max()) > 1e-3 for s in seen[3:])
     # The Hessian of a later stage is the quantised decoder's own, the mismatch leads to the other.
-    dense = quantize.dense_params(found.params)
-    own = quantize.layer_moments(decoder, dense, TOKENS)
+    dense = models.low_bit.dense_params(found.params)
+    own = models.low_bit.layer_moments(decoder, dense, TOKENS)
     for site in seen:
         stage = next(s[0] for s in network.STAGES if site.name.removeprefix("layers/") in s)
         np.testing.assert_allclose(site.hessian, own[site.layer][stage], rtol=1e-3, atol=1e-3)
@@ -209,7 +209,7 @@ def test_stages_see_what_was_quantised_before():
 
 def test_act_order_and_targets():
     decoder, params = build(VARIED)
-    found = quantize.quantize_decoder(
+    found = models.low_bit.quantize_decoder(
         decoder,
         params,
         TOKENS,
@@ -219,26 +219,23 @@ def test_act_order_and_targets():
         act_order=True,
     )
     up = found.params["layers"]["mlp"]["up"]
-    assert isinstance(up, quantize.PackedMatrix) and up.g_idx.dtype == jnp.uint16
+    assert isinstance(up, models.low_bit.PackedMatrix) and up.g_idx.dtype == jnp.uint16
     assert isinstance(found.params["layers"]["attention"]["query"], jax.Array)
     assert set(found.errors) == {"layers/mlp/up", "layers/mlp/down"}
-    dense = linear.dense(up)
-    for layer in range(2):
-        h = quantize.layer_moments(decoder, params, TOKENS)[0]["mlp/gate"] if layer == 0 else None
-        if h is not None:
-            want = quantize.gptq(
-                params["layers"]["mlp"]["up"][0].T,
-                h,
-                bits=3,
-                group=8,
-                block=8,
-                act_order=True,
-                scale_dtype=jnp.bfloat16,
-            )
-            np.testing.assert_allclose(dense[0].T, want.q, atol=1e-5)
+    # Nothing before the first layer's MLP was quantised.
+    want = quantize.gptq(
+        params["layers"]["mlp"]["up"][0].T,
+        models.low_bit.layer_moments(decoder, params, TOKENS)[0]["mlp/gate"],
+        bits=3,
+        group=8,
+        block=8,
+        act_order=True,
+        scale_dtype=jnp.bfloat16,
+    )
+    np.testing.assert_allclose(linear.dense(up)[0].T, want.q, atol=1e-5)
     np.testing.assert_allclose(
         apply(decoder, found.params, TOKENS),
-        apply(decoder, quantize.dense_params(found.params), TOKENS),
+        apply(decoder, models.low_bit.dense_params(found.params), TOKENS),
         atol=1e-5,
     )
 
@@ -251,10 +248,10 @@ def test_folded_scales_change_no_output(config):
         lambda p: p + jnp.asarray(rng.normal(size=p.shape) * (rng.random(p.shape) < 0.6), p.dtype),
         params,
     )
-    importance = quantize.finetune_importance(params, tuned)
+    importance = models.low_bit.finetune_importance(params, tuned)
     assert all((value >= 1).all() and value.shape[0] == 2 for value in importance.values())
     # Bits so few and groups so wide that scales are chosen.
-    scaled, ratios = quantize.scale_channels(
+    scaled, ratios = models.low_bit.scale_channels(
         decoder, params, TOKENS, importance, bits=2, group=None, n_grid=5
     )
     assert max(r.max() for r in ratios.values()) > 0
@@ -274,7 +271,7 @@ def test_importance_of_a_decoder_is_that_of_its_matrices():
     tuned = jax.tree.map(
         lambda p: p + 0.1 * rng.exponential(size=p.shape).astype(np.float32), params
     )
-    found = quantize.finetune_importance(params, tuned, ratio=4.0)
+    found = models.low_bit.finetune_importance(params, tuned, ratio=4.0)
     sizes = {
         name: np.abs(np.asarray(tuned["layers"][b][leaf] - params["layers"][b][leaf]))
         for name in matrices.of(params)
@@ -291,7 +288,9 @@ def test_importance_of_a_decoder_is_that_of_its_matrices():
 
 def test_bad_input():
     decoder, params = build(LLAMA)
-    run = functools.partial(quantize.quantize_decoder, decoder, params, TOKENS, rtn(3), bits=3)
+    run = functools.partial(
+        models.low_bit.quantize_decoder, decoder, params, TOKENS, rtn(3), bits=3
+    )
     with pytest.raises(ValueError, match="targets: 'mlp' matches none of the matrices"):
         run(targets=("mlp",))
     with pytest.raises(ValueError, match="batch_size: expected a divisor of 6 rows, got 4"):
@@ -302,9 +301,9 @@ def test_bad_input():
         run(mask=np.ones((6, 9)))
     packed = run(targets=("*/up",)).params
     with pytest.raises(ValueError, match="layers/mlp/up: expected a JAX array, got PackedMatrix"):
-        quantize.quantize_decoder(decoder, packed, TOKENS, rtn(3), bits=3)
+        models.low_bit.quantize_decoder(decoder, packed, TOKENS, rtn(3), bits=3)
     with pytest.raises(ValueError, match="method: expected a result of shape"):
-        quantize.quantize_decoder(
+        models.low_bit.quantize_decoder(
             decoder, params, TOKENS, lambda s: quantize.rtn(s.weight[:2], bits=3), bits=3
         )
     moe = models.DecoderConfig(
@@ -319,13 +318,17 @@ def test_bad_input():
         ),
     )
     with pytest.raises(ValueError, match="decoder: expected dense layers, got a mixture"):
-        quantize.quantize_decoder(*models.init(moe, jax.random.key(0)), TOKENS, rtn(3), bits=3)
+        models.low_bit.quantize_decoder(
+            *models.init(moe, jax.random.key(0)), TOKENS, rtn(3), bits=3
+        )
     with pytest.raises(ValueError, match="importance: expected one of"):
-        quantize.scale_channels(decoder, params, TOKENS, {"mlp/up": jnp.ones((2, 16))}, bits=3)
+        models.low_bit.scale_channels(
+            decoder, params, TOKENS, {"mlp/up": jnp.ones((2, 16))}, bits=3
+        )
     with pytest.raises(ValueError, match="importance: expected 2 layers"):
-        quantize.scale_channels(
+        models.low_bit.scale_channels(
             decoder, params, TOKENS, {"mlp/gate": jnp.ones((3, 16))}, bits=3, group=None
         )
     result = quantize.rtn(jnp.ones((4, 6)), bits=3)
     with pytest.raises(ValueError, match="ins, outs: expected axes"):
-        quantize.packed(result, bits=3, ins=(4,), outs=(6,))
+        models.low_bit.packed(result, bits=3, ins=(4,), outs=(6,))

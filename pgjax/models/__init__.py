@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pgjax.models import lora, quantization, single_layer
+from pgjax.models import lora, low_bit, quantization, single_layer
 from pgjax.models.cache import (
     CompletionCache,
     PrefixCache,
@@ -47,6 +47,7 @@ __all__ = [
     "load_head",
     "load_reward_model",
     "lora",
+    "low_bit",
     "quantization",
     "router_z_loss",
     "save_head",

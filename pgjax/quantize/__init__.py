@@ -11,13 +11,13 @@ from pgjax.quantize.bayesian_bits import (
 )
 from pgjax.quantize.blora import (
     BLora,
-    as_adapter,
     blora_apply,
     blora_init,
     blora_penalty,
     blora_ranges,
     effective_bits,
     effective_rank,
+    factors,
     merge,
 )
 from pgjax.quantize.channels import (
@@ -46,7 +46,6 @@ from pgjax.quantize.finetune_signal import (
     update_sizes,
     update_stats,
 )
-from pgjax.quantize.fold import activation_scales, finetune_importance, scale_channels
 from pgjax.quantize.hessian import (
     chol_inv_upper,
     first_order_step,
@@ -54,27 +53,14 @@ from pgjax.quantize.hessian import (
     input_mismatch,
     quadratic_error,
 )
-from pgjax.quantize.network import (
-    Quantized,
-    Site,
-    dense_params,
-    layer_moments,
-    quantize_decoder,
-)
 from pgjax.quantize.obq import QuantResult, foem, gptaq, gptq, rtn
-from pgjax.quantize.packed import PackedMatrix, packed
 
 __all__ = [
     "BLora",
-    "PackedMatrix",
     "QuantResult",
-    "Quantized",
     "SearchResult",
-    "Site",
     "UpdateStats",
     "activation_importance",
-    "activation_scales",
-    "as_adapter",
     "awq_search",
     "bayesian_bits",
     "blora_apply",
@@ -87,12 +73,11 @@ __all__ = [
     "chol_inv_upper",
     "clip_search",
     "clipped_rtn",
-    "dense_params",
     "dequantize",
     "effective_bits",
     "effective_rank",
+    "factors",
     "fake_quant",
-    "finetune_importance",
     "first_order_step",
     "foem",
     "gate_penalty",
@@ -104,19 +89,15 @@ __all__ = [
     "hessian_importance",
     "input_hessian",
     "input_mismatch",
-    "layer_moments",
     "merge",
     "num_bytes",
     "num_gates",
     "pack",
-    "packed",
     "packed_width",
     "protect_ends",
     "quadratic_error",
     "quantize",
-    "quantize_decoder",
     "rtn",
-    "scale_channels",
     "uniform_grid",
     "unpack",
     "update_sizes",

@@ -12,7 +12,7 @@ Source: B-LoRA ("Bayesian-LoRA"), 2024, arXiv:2406.13046.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,6 @@ from pgjax.quantize.bayesian_bits import (
     hard_concrete_sample,
     num_gates,
 )
-
-if TYPE_CHECKING:
-    from pgjax.models.lora import Adapter
 
 ACTIVATIONS = ("base_output", "inner", "scaled", "update", "output")
 MATRICES = ("base", "a", "e", "b")
@@ -232,15 +229,13 @@ def merge(params: BLora, base: Float[Array, "out in"], *, alpha: float) -> Float
     return frozen + alpha / rank * update.astype(base.dtype)
 
 
-def as_adapter(params: BLora, *, alpha: float) -> Adapter:
-    """The adapter after training as a `models.lora.Adapter`, its gates at their modes.
+def factors(params: BLora) -> tuple[Float[Array, "in r"], Float[Array, "r out"]]:
+    """The adapter after training as two matrices, `Q(A)ᵀ` and `diag(Q(E)) Q(B)ᵀ`.
 
-    Under `jax.vmap` a stack of them becomes that of a decoder's layers.
+    Gates are at their modes; the layer's update is `alpha / r` times the product.
     """
-    from pgjax.models.lora import Adapter
-
     matrices = _quantized(params, _gates(params, None))
-    return Adapter(a=matrices["a"].T, b=(matrices["b"] * matrices["e"]).T, alpha=alpha)
+    return matrices["a"].T, (matrices["b"] * matrices["e"]).T
 
 
 def _gates(params: BLora, key: PRNGKeyArray | None) -> dict[str, Array]:

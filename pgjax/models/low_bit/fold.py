@@ -18,8 +18,8 @@ from pgjax import _checks, _paths
 from pgjax.models import matrices
 from pgjax.models.config import DecoderConfig
 from pgjax.models.interface import FunctionalDecoder, Params
+from pgjax.models.low_bit.network import STAGES, layer_moments
 from pgjax.quantize import channels, finetune_signal
-from pgjax.quantize.network import STAGES, layer_moments
 
 _NORMS = {"attention/query": "attention_norm", "mlp/gate": "mlp_norm"}
 

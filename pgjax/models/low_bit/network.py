@@ -15,11 +15,12 @@ from jaxtyping import Array, Bool, Float, Int
 from pgjax import _checks, _paths
 from pgjax.models import matrices
 from pgjax.models.interface import FunctionalDecoder, Params
+from pgjax.models.low_bit import trace
+from pgjax.models.low_bit.packed import packed
 from pgjax.models.quantization import Int8Matrix
-from pgjax.quantize import core, trace
+from pgjax.quantize import core
 from pgjax.quantize.hessian import quadratic_error
 from pgjax.quantize.obq import QuantResult
-from pgjax.quantize.packed import packed
 
 STAGES = (
     ("attention/query", "attention/key", "attention/value"),
