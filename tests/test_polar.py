@@ -60,6 +60,8 @@ def test_images_of_the_published_sets():
     np.testing.assert_allclose(dion[-1], 0.97834556, atol=1e-8)
     five = scalar(s / 1.01, coefficients.polar_express(steps=5))
     np.testing.assert_allclose([five.min(), five.max()], [0.870, 1.124], atol=1e-3)
+    inside = scalar(s / 1.02, coefficients.POLAR_EXPRESS_5)
+    assert np.abs(inside - 1).max() < 0.15
     eight = scalar(np.geomspace(1e-3, 1, 4001) / 1.01, coefficients.polar_express(steps=8))
     assert np.abs(eight - 1).max() < 1e-4
 

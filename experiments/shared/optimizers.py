@@ -79,22 +79,19 @@ def _times(rate: optax.Schedule, factor: float) -> optax.Schedule:
 
 
 def matrix_axes(params: Any) -> Any:
-    """Which axes of each parameter are a matrix's input and output, for Optax's Muon; None: Adam.
+    """For Optax's Muon, the input and output axes of each matrix; None where Adam is to be used.
 
-    The layers' projections are matrices, stacked along their first axis (experts' along the second
-    as well); the heads of an attention projection are one matrix together. Embeddings, the output
-    head, norms and adapters are left to Adam.
+    The roles that `optim.with_adam` gives to a matrix optimizer, by the same names.
     """
+    roles = pg.optim.default_roles(params)
+    labels = iter(roles.values())
 
-    def of(path: Any, x: Any) -> Any:
-        keys = [getattr(entry, "key", None) for entry in path]
-        if "layers" not in keys or keys[-1] is None or x.ndim < 3:
+    def of(x: Any) -> Any:
+        role = next(labels)
+        kind = role.name.partition("/")[0]
+        if role.spec is None or kind not in ("attention", "mlp", "experts", "dense"):
             return None
-        if "attention" in keys and x.ndim == 4:
-            inputs, outputs = ((1, 2), (3,)) if keys[-1] == "output" else ((1,), (2, 3))
-            return optax.contrib.MuonDimensionNumbers(inputs, outputs)
-        if str(keys[-1]).endswith("bias"):
-            return None
-        return optax.contrib.MuonDimensionNumbers((x.ndim - 2,), (x.ndim - 1,))
+        axes = role.spec.resolved(x.shape, role.name)
+        return optax.contrib.MuonDimensionNumbers(axes.into, axes.out)
 
-    return jax.tree_util.tree_map_with_path(of, params)
+    return jax.tree.map(of, params)
