@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -105,7 +105,7 @@ def matrix_transform(
     def update(updates: Any, state: MatrixState, params: Any = None) -> tuple[Any, MatrixState]:
         chosen = specs_by_path(specs, updates)
         updates = jax.tree.map(
-            lambda g: jnp.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0), updates
+            lambda g: jnp.where(jnp.isfinite(g), g, jnp.zeros((), g.dtype)), updates
         )
         if order == "momentum_first":
             moved, now = momentum.update(updates, state.momentum, params)
@@ -151,33 +151,45 @@ class _Parts:
         return (scale[:, None, None] * unit).astype(stack.dtype)
 
 
-class _Matrices(NamedTuple):
-    """A leaf as a stack of matrices, and the way back.
+class _Plan(NamedTuple):
+    """How a leaf becomes a stack of matrices, and back.
 
-    `order` sorts the axes of `split`, the leaf's shape with blocks apart, into the stack's;
-    `lying` are the mesh axes of the stack's three, None where the leaf's do not make any.
+    `order` sorts the axes of `split`, the leaf's shape with blocks apart, into the stack's, whose
+    shape is `size`; `lying` are the mesh axes of the stack's three, None where the leaf's do not
+    make any.
     """
 
-    stack: Array
+    size: tuple[int, int, int]
     order: tuple[int, ...]
     split: tuple[int, ...]
     shape: tuple[int, ...]
     factor: float
     lying: tuple[Entry, Entry, Entry] | None
 
-    def back(self, y: Array) -> Array:
-        """A stack of this one's shape as the leaf, or `[b]` as one number for all of a matrix."""
+    def stack(self, leaves: Sequence[Array]) -> Float[Array, "kb m n"]:
+        """Leaves of this plan, the matrices of each behind those of the one before."""
+        x = leaves[0][None] if len(leaves) == 1 else jnp.stack(leaves)
+        x = jnp.transpose(x.reshape(-1, *self.split), (0, *(1 + axis for axis in self.order)))
+        return x.reshape(-1, *self.size[1:])
+
+    def back(self, y: Array) -> list[Array]:
+        """A stack of such leaves as themselves, or `[kb]` as one number for all of a matrix."""
         if y.ndim == 1:
-            y = jnp.broadcast_to(y[:, None, None], self.stack.shape)
-        moved = y.reshape([self.split[axis] for axis in self.order])
-        return jnp.transpose(moved, [self.order.index(k) for k in range(moved.ndim)]).reshape(
-            self.shape
-        )
+            y = jnp.broadcast_to(y[:, None, None], (len(y), *self.size[1:]))
+        moved = y.reshape(-1, *[self.split[axis] for axis in self.order])
+        home = (0, *(1 + self.order.index(k) for k in range(len(self.order))))
+        leaves = jnp.transpose(moved, home).reshape(-1, *self.shape)
+        if len(leaves) == 1:
+            return [leaves[0]]
+        if home != tuple(range(len(home))):
+            # Turned around once: fused into the slices it would be compiled for each of them.
+            leaves = jax.lax.optimization_barrier(leaves)
+        return list(leaves)
 
 
-def _matrices(
+def _plan(
     path: str, leaf: Array, spec: MatrixSpec, layout: Layout | None, parts: _Parts
-) -> _Matrices:
+) -> _Plan:
     split, batch, out, into, source = spec.resolved(leaf.shape, path)
     entries: list[Entry] = [None] * len(split)
     if layout is not None:
@@ -194,16 +206,17 @@ def _matrices(
             f"{path}: couple {parts.couple} does not divide its {b} matrices, shape {leaf.shape}"
         )
     sides = [merged([entries[a] for a in s], [split[a] for a in s]) for s in (batch, out, into)]
-    # Short sides first where the oracle does not care; of squares, the split side.
-    flips = m > n or (m == n and sides[1] is None and sides[2] is not None)
-    if parts.transposes and flips:
+    # Short sides first where the oracle does not care; of squares, the split side, or the one that
+    # comes first in memory.
+    split_last = sides[1] is None and sides[2] is not None
+    stored = sides[1] == sides[2] and out > into
+    if parts.transposes and (m > n or (m == n and (split_last or stored))):
         out, into, sides = into, out, [sides[0], sides[2], sides[1]]
-    order = (*batch, *out, *into)
     rows, columns = (math.prod(split[axis] for axis in side) for side in (out, into))
     known = layout is not None and UNKNOWN not in sides
-    return _Matrices(
-        jnp.transpose(leaf.reshape(split), order).reshape(b, rows, columns),
-        order,
+    return _Plan(
+        (b, rows, columns),
+        (*batch, *out, *into),
         split,
         leaf.shape,
         shape_factor(m, n, parts.shape),
@@ -215,37 +228,37 @@ def _directions(
     tree: Any, specs: dict[str, MatrixSpec], layout: Layout | None, parts: _Parts, *, scaled: bool
 ) -> tuple[Any, Any]:
     """Each leaf's direction, with its scale on it (then the second is None), or beside it."""
-    matrices = {
-        path: _matrices(path, leaf, specs[path], layout, parts)
-        for path, leaf in _paths.named_leaves(tree).items()
-    }
-    groups: dict[Any, list[str]] = {}
-    for path, one in matrices.items():
+    leaves = _paths.named_leaves(tree)
+    plans = {path: _plan(path, leaf, specs[path], layout, parts) for path, leaf in leaves.items()}
+    # Of each size of matrix, the leaves with one plan: they are stacked as they are, then turned.
+    groups: dict[Any, dict[Any, list[str]]] = {}
+    for path, plan in plans.items():
         # Stacks that are split along their matrices cannot be joined without moving them.
-        alone = path if one.lying is not None and one.lying[0] is not None else None
-        key = (one.stack.shape[1:], one.stack.dtype, one.lying, alone)
-        groups.setdefault(key, []).append(path)
+        alone = path if plan.lying is not None and plan.lying[0] is not None else None
+        group = groups.setdefault((plan.size[1:], leaves[path].dtype, plan.lying, alone), {})
+        group.setdefault(plan if layout is None else path, []).append(path)
     units: dict[str, Array] = {}
     scales: dict[str, Array] = {}
     function = parts.scaled if scaled else parts.unit_and_scale
-    for paths in groups.values():
-        members = [matrices[path] for path in paths]
-        stacks = [one.stack for one in members]
+    for group in groups.values():
+        alike = list(group.values())
+        stacks = [plans[paths[0]].stack([leaves[path] for path in paths]) for paths in alike]
         stack = stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
-        lying = members[0].lying
+        lying = plans[alike[0][0]].lying
         if layout is None or lying is None:
             results = function(stack)
         else:
             results = distribute(function, stack, layout.mesh, lying)
         ends = np.cumsum([len(piece) for piece in stacks])[:-1]
-        unit: Any
-        scale: Any
         unit, scale = (results, None) if scaled else results
-        for path, one, piece in zip(paths, members, jnp.split(unit, ends), strict=True):
-            units[path] = one.back(piece if one.factor == 1 else one.factor * piece)
+        for paths, piece in zip(alike, jnp.split(unit, ends), strict=True):
+            plan = plans[paths[0]]
+            units.update(
+                zip(paths, plan.back(piece if plan.factor == 1 else plan.factor * piece), strict=True)
+            )
         if scale is not None:
-            for path, one, piece in zip(paths, members, jnp.split(scale, ends), strict=True):
-                scales[path] = one.back(piece)
+            for paths, piece in zip(alike, jnp.split(scale, ends), strict=True):
+                scales.update(zip(paths, plans[paths[0]].back(piece), strict=True))
     return _like(tree, units), None if scaled else _like(tree, scales)
 
 

@@ -104,11 +104,14 @@ def right_spectral(*, eps: float = 1e-8, iterate: bool = False) -> Oracle:
         gram = jnp.matmul(jnp.swapaxes(wide, -1, -2), wide, precision="highest")
         if iterate:
             root = inverse_sqrt(gram, eps=eps)
-        else:
-            values, vectors = jnp.linalg.eigh(gram)
-            scaled = vectors * jax.lax.rsqrt(jnp.maximum(values, 0.0) + eps)[..., None, :]
-            root = jnp.matmul(scaled, jnp.swapaxes(vectors, -1, -2), precision="highest")
-        return jnp.matmul(wide, root, precision="highest").astype(w.dtype)
+            return jnp.matmul(wide, root, precision="highest").astype(w.dtype)
+        values, vectors = jnp.linalg.eigh(gram)
+        # Never the root itself: where W has no content it is 1 / sqrt(eps), and would be rounded
+        # by as much as all that W has.
+        seen = jnp.matmul(wide, vectors, precision="highest")
+        seen = seen * jax.lax.rsqrt(jnp.maximum(values, 0.0) + eps)[..., None, :]
+        back = jnp.swapaxes(vectors, -1, -2)
+        return jnp.matmul(seen, back, precision="highest").astype(w.dtype)
 
     return Oracle(direction)
 

@@ -151,31 +151,34 @@ def _compute_dtype(dtype: Any) -> Any:
 
 
 def symmetric_matmul(
-    a: Float[Array, "*b m k"], b: Float[Array, "*b k m"], *, precision: Any = None
+    a: Float[Array, "*b m k"], b: Float[Array, "*b m k"], *, precision: Any = None
 ) -> Float[Array, "*b m m"]:
-    """`A B` where the product is known to be symmetric: wide ones without the blocks below the
-    diagonal, which are mirrored; each halving saves half of what is left above 1/2 of the FLOPs.
+    """`A Bᵀ` where it is known to be symmetric: wide ones without the blocks below the diagonal,
+    which are mirrored; each halving saves half of what is left above 1/2 of the FLOPs.
 
     For `A Aᵀ`, and for products of polynomials of one symmetric matrix.
     """
-    m = a.shape[-2]
+    m, k = a.shape[-2:]
     half = m // 2
-    if half < SYMMETRIC_BLOCK:
-        return jnp.matmul(a, b, precision=precision)
-    top, bottom = a[..., :half, :], a[..., half:, :]
-    left, right = b[..., :half], b[..., half:]
-    corner = jnp.matmul(top, right, precision=precision)
-    first = symmetric_matmul(top, left, precision=precision)
-    second = symmetric_matmul(bottom, right, precision=precision)
-    upper = jnp.concatenate([first, corner], -1)
-    lower = jnp.concatenate([jnp.swapaxes(corner, -1, -2), second], -1)
+    if half < SYMMETRIC_BLOCK or m % 2:
+        return _times_transpose(a, b, precision)
+    corner = _times_transpose(a[..., :half, :], b[..., half:, :], precision)
+    # Both blocks of the diagonal in one product, which is compiled once.
+    pairs = (x.reshape(*x.shape[:-2], 2, half, k) for x in (a, b))
+    diagonal = symmetric_matmul(*pairs, precision=precision)
+    upper = jnp.concatenate([diagonal[..., 0, :, :], corner], -1)
+    lower = jnp.concatenate([jnp.swapaxes(corner, -1, -2), diagonal[..., 1, :, :]], -1)
     return jnp.concatenate([upper, lower], -2)
+
+
+def _times_transpose(a: Array, b: Array, precision: Any) -> Array:
+    return jnp.einsum("...ik,...jk->...ij", a, b, precision=precision)
 
 
 def _newton_schulz(x: Array, table: np.ndarray, precision: Any) -> Array:
     def step(x: Array, row: Array) -> tuple[Array, None]:
         a, b, c = row
-        gram = symmetric_matmul(x, jnp.swapaxes(x, -1, -2), precision=precision)
+        gram = symmetric_matmul(x, x, precision=precision)
         square = symmetric_matmul(gram, gram, precision=precision)
         return a * x + jnp.matmul(b * gram + c * square, x, precision=precision), None
 
@@ -189,7 +192,7 @@ def _gram_newton_schulz(
     symmetric = functools.partial(symmetric_matmul, precision=precision)
     bounds = [0, *restarts, len(table)]
     for start, stop in itertools.pairwise(bounds):
-        gram = symmetric(x, jnp.swapaxes(x, -1, -2))
+        gram = symmetric(x, x)
         identity = jnp.eye(gram.shape[-1], dtype=x.dtype)
         factor = None
         for k in range(start, stop):
