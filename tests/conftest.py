@@ -1,6 +1,5 @@
 """Hundreds of small programs are compiled here: compiling has to be fast, running need not be."""
 
-import collections
 import importlib.metadata
 import os
 import signal
@@ -33,13 +32,14 @@ def empty_caches():
 SLOW_FILES = ("test_experiments_", "test_pretrained_live")
 SLOW_TESTS = ("killed_ten_times",)
 WHOLE_PROGRAMS = ("test_notebooks", "test_optim_sharded")  # minutes of compiling; not in brief
+BRIEF = 6
 
 
 def pytest_addoption(parser):
     parser.addoption(
         "--brief",
         action="store_true",
-        help="one case of each parametrised test, none of whole programs",
+        help=f"up to {BRIEF} tests of each file, one case of each, none of whole programs",
     )
 
 
@@ -52,12 +52,17 @@ def pytest_collection_modifyitems(config, items):
     # The one test of minutes comes first, so that no worker waits for another.
     items.sort(key=lambda item: "killed_ten_times" not in item.name)
     if config.getoption("brief"):
-        cases = collections.Counter()
-        kept, left = [], []
+        first: dict[str, list] = {}  # of each test its first case, by file
+        seen = set()
         for item in items:
             test = item.nodeid.split("[")[0]
-            cases[test] += 1
-            first = cases[test] == 1 and not item.path.name.startswith(WHOLE_PROGRAMS)
-            (kept if first else left).append(item)
-        items[:] = kept
-        config.hook.pytest_deselected(items=left)
+            if test not in seen and not item.path.name.startswith(WHOLE_PROGRAMS):
+                first.setdefault(item.path.name, []).append(item)
+            seen.add(test)
+        chosen = {
+            tests[k * len(tests) // BRIEF] if len(tests) > BRIEF else tests[k]
+            for tests in first.values()
+            for k in range(min(BRIEF, len(tests)))
+        }
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]

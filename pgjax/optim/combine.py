@@ -187,9 +187,7 @@ class _Plan(NamedTuple):
         return list(leaves)
 
 
-def _plan(
-    path: str, leaf: Array, spec: MatrixSpec, layout: Layout | None, parts: _Parts
-) -> _Plan:
+def _plan(path: str, leaf: Array, spec: MatrixSpec, layout: Layout | None, parts: _Parts) -> _Plan:
     split, batch, out, into, source = spec.resolved(leaf.shape, path)
     entries: list[Entry] = [None] * len(split)
     if layout is not None:
@@ -250,12 +248,13 @@ def _directions(
         else:
             results = distribute(function, stack, layout.mesh, lying)
         ends = np.cumsum([len(piece) for piece in stacks])[:-1]
+        unit: Any
+        scale: Any
         unit, scale = (results, None) if scaled else results
         for paths, piece in zip(alike, jnp.split(unit, ends), strict=True):
             plan = plans[paths[0]]
-            units.update(
-                zip(paths, plan.back(piece if plan.factor == 1 else plan.factor * piece), strict=True)
-            )
+            piece = piece if plan.factor == 1 else plan.factor * piece
+            units.update(zip(paths, plan.back(piece), strict=True))
         if scale is not None:
             for paths, piece in zip(alike, jnp.split(scale, ends), strict=True):
                 scales.update(zip(paths, plans[paths[0]].back(piece), strict=True))
