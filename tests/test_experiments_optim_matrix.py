@@ -1,6 +1,8 @@
-"""PolarGrad's problems, in small, from the command line to the files."""
+"""PolarGrad's problems and the symmetric stack, in small, from the command line to the files."""
 
 import json
+
+import tiny_runs
 
 from experiments import polar_grad
 
@@ -24,3 +26,8 @@ def test_wrong_settings_are_named(tmp_path, capsys):
     assert "seeds: expected at least 2, got 1" in capsys.readouterr().err
     assert polar_grad.main(["--steps", "130", "--out", str(tmp_path)]) == 2
     assert "steps: expected a multiple of 20" in capsys.readouterr().err
+
+
+def test_tables_and_routers_run_to_their_files(tmp_path):
+    found, _ = tiny_runs.run("symmetry_stack", tmp_path)
+    assert any("AdamW" in name for name in found["table"])

@@ -179,12 +179,28 @@ class _Plan(NamedTuple):
         moved = y.reshape(-1, *[self.split[axis] for axis in self.order])
         home = (0, *(1 + self.order.index(k) for k in range(len(self.order))))
         leaves = jnp.transpose(moved, home).reshape(-1, *self.shape)
-        if len(leaves) == 1:
-            return [leaves[0]]
-        if home != tuple(range(len(home))):
-            # Turned around once: fused into the slices it would be compiled for each of them.
-            leaves = jax.lax.optimization_barrier(leaves)
-        return list(leaves)
+        return [leaves[0]] if len(leaves) == 1 else _unstacked(leaves)
+
+
+def _unstacked(stack: Float[Array, "k ..."]) -> list[Array]:
+    """The rows of a stack, in one program of XLA for CPUs.
+
+    That compiler makes a program for each constant place at which something is sliced, and these
+    were most of compiling. Places that come out of a condition are none it knows; both branches
+    give the same.
+    """
+
+    def known(stack: Array) -> list[Array]:
+        return list(stack)
+
+    def unknown(stack: Array) -> list[Array]:
+        def places() -> list[Array]:
+            return [jnp.int32(k) for k in range(len(stack))]
+
+        found = jax.lax.cond(stack[(0,) * stack.ndim] == 0, places, places)
+        return [jax.lax.dynamic_index_in_dim(stack, k, keepdims=False) for k in found]
+
+    return jax.lax.platform_dependent(stack, cpu=unknown, default=known)
 
 
 def _plan(path: str, leaf: Array, spec: MatrixSpec, layout: Layout | None, parts: _Parts) -> _Plan:
