@@ -1,4 +1,4 @@
-"""PolarGrad's problems and the symmetric stack, in small, from the command line to the files."""
+"""Matrix optimizers' experiments, in small, from the command line to the files."""
 
 import json
 
@@ -31,3 +31,8 @@ def test_wrong_settings_are_named(tmp_path, capsys):
 def test_tables_and_routers_run_to_their_files(tmp_path):
     found, _ = tiny_runs.run("symmetry_stack", tmp_path)
     assert any("AdamW" in name for name in found["table"])
+
+
+def test_four_stacks_pretrain(tmp_path):
+    found, _ = tiny_runs.run("pretrain_optimizers", tmp_path)
+    assert set(found["table"]) == {"AdamW", "Muon", "PolarGrad", "symmetry"}

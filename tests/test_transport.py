@@ -9,7 +9,7 @@ import optax
 import pytest
 import scipy.optimize
 
-from pgjax.optim import transport
+from pgjax.optim import transport, transport_router
 
 
 def points(seed=0, rows=8, columns=4):
@@ -262,3 +262,41 @@ def test_bad_input():
         transport.project_simplex_topk(a, k=0)
     with pytest.raises(ValueError, match="x: expected at least one"):
         transport.project_simplex_topk(a[:0], k=1)
+
+
+def crowded(tokens=32, experts=4):
+    """Logits by which two tokens in three would take the first expert."""
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.normal(size=(tokens, experts)) + np.array([1.5, 0, 0, 0]), jnp.float32)
+
+
+def test_a_router_evens_out_what_its_favourite_gets():
+    logits = crowded()
+    weights = np.asarray(transport_router(logits, iterations=500))
+    sent = weights > 0
+    assert np.bincount(logits.argmax(-1), minlength=4).max() > 16
+    assert sent.sum(0).max() <= 8  # 32 tokens, 4 experts
+    assert sent.any(1).all()
+    np.testing.assert_allclose(weights[sent], np.asarray(jax.nn.softmax(logits))[sent], rtol=1e-6)
+    # More room, less evenness: twice the capacity sends more to the favourite.
+    assert (np.asarray(transport_router(logits, capacity_factor=2.0)) > 0).sum(0).max() <= 16
+
+
+def test_a_router_follows_its_tokens_and_its_gradient_is_the_softmaxs():
+    logits, order = crowded(), np.random.default_rng(1).permutation(32)
+    weights = jax.jit(transport_router)(logits)
+    np.testing.assert_allclose(transport_router(logits[order]), weights[order], atol=1e-6)
+    sent = weights > 0
+    values = jnp.asarray(np.random.default_rng(2).normal(size=(32, 4)), jnp.float32)
+    got = jax.grad(lambda x: jnp.sum(transport_router(x) * values))(logits)
+    want = jax.grad(lambda x: jnp.sum(jnp.where(sent, jax.nn.softmax(x), 0) * values))(logits)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_a_router_says_what_is_wrong():
+    with pytest.raises(ValueError, match="logits: expected .tokens, experts., got shape"):
+        transport_router(jnp.zeros(4))
+    with pytest.raises(ValueError, match="capacity_factor"):
+        transport_router(jnp.zeros((4, 2)), capacity_factor=0.0)
+    with pytest.raises(ValueError, match="iterations"):
+        transport_router(jnp.zeros((4, 2)), iterations=0)

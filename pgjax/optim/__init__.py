@@ -134,6 +134,7 @@ from pgjax.optim.transport import (
     sparse_plan,
     transport_plan,
 )
+from pgjax.optim.transport_router import transport_router
 
 __all__ = [
     "AdagradNormState",
@@ -274,6 +275,7 @@ __all__ = [
     "to_canonical",
     "trajectory_hvp",
     "transport_plan",
+    "transport_router",
     "triple_momentum_params",
     "unorient",
     "with_adam",
