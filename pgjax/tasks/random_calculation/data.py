@@ -167,5 +167,6 @@ def data_source(
         )
         source[0], source[-1]
     except Exception as error:
-        raise RuntimeError(f"{directory}: the data set is damaged, {error}; {repair}") from error
+        said = " ".join(str(error).split())  # some readers' messages have several lines
+        raise RuntimeError(f"{directory}: the data set is damaged, {said}; {repair}") from error
     return source
