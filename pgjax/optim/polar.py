@@ -24,7 +24,7 @@ from pgjax.optim.zolo import zolo
 
 METHODS = ("ns", "polar_express", "gram_ns", "qdwh", "svd", "eigh", "zolo")
 ITERATIVE = ("ns", "polar_express", "gram_ns")
-SYMMETRIC_BLOCK = 256
+SYMMETRIC_BLOCK = 512
 """Symmetric products whose half is at least this wide are computed by blocks, without mirrors."""
 
 
@@ -50,9 +50,10 @@ def polar(
         `ns`: Newton-Schulz with any quintics, by default Keller's, five steps. Approximate.
         `polar_express`: the same with `coefficients.polar_express()`, by default eight steps, which
           bring singular values above a thousandth of `‖X‖_F` within 1e-4 of 1.
-        `gram_ns`: the same polynomials on `X Xᵀ` (Gram Newton-Schulz), for n > 1.5 m with fewer
-          FLOPs (8 m² n + 28 m³ instead of 20 m² n + 10 m³ for five steps); the Gram matrix is
-          formed anew after two steps, without which half precision makes it indefinite.
+        `gram_ns`: the same polynomials on `X Xᵀ` (Gram Newton-Schulz) where that takes fewer FLOPs,
+          for n > 1.5 m (8 m² n + 28 m³ instead of 20 m² n + 10 m³ for five steps); the Gram matrix
+          is formed anew after two steps, without which half precision makes it indefinite. Other
+          matrices take plain steps with the same coefficients.
         `qdwh`: QR-based dynamically weighted Halley iteration to convergence. Exact; has no
           reverse-mode derivative.
         `svd`, `eigh`: by decomposition. Exact; `eigh` on `X Xᵀ`, so only for condition numbers
@@ -139,7 +140,8 @@ def _iterate(
     norm = start * frobenius_norm(x) + eps
     begun = (x / norm).astype(_compute_dtype(x.dtype) if dtype is None else dtype)
     table = np.asarray(rows)
-    if method == "gram_ns":
+    m, n = x.shape[-2:]
+    if method == "gram_ns" and n > 1.5 * m:
         return _gram_newton_schulz(begun, table, restarts, precision)
     return _newton_schulz(begun, table, precision)
 
