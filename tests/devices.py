@@ -14,8 +14,13 @@ TESTS = Path(__file__).parent
 
 
 def environment(devices: int) -> dict[str, str]:
-    """This process's environment, with so many virtual CPU devices; programs find the tests."""
+    """This process's environment, with so many virtual CPU devices; programs find the tests.
+
+    Several compute on one thread each: with more, all could wait for each other.
+    """
     flags = os.environ.get("XLA_FLAGS", "")
+    if devices > 1:
+        flags += " --xla_cpu_multi_thread_eigen=false"
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",

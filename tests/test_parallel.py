@@ -1,11 +1,14 @@
 """Meshes and shardings. Those of many devices run in a process with eight virtual ones."""
 
+import os
+
 import devices
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from experiments.shared import runs
 from pgjax import parallel
 
 
@@ -243,3 +246,24 @@ def test_constrain_batch(eight):
     assert "['x'] of shape (12, 2) has 12 along dimension 0" in eight["uneven"]
     assert "data x fsdp = 8" in eight["uneven"]
     assert eight["time_major"] == [[3, 1], True, 276.0]
+
+
+@pytest.mark.parametrize(
+    ("variables", "added"),
+    [
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}, True),
+        ({"JAX_NUM_CPU_DEVICES": "4"}, True),
+        ({"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=true", "JAX_NUM_CPU_DEVICES": "4"}, False),
+        ({}, False),
+    ],
+)
+def test_experiments_run_virtual_devices_on_one_thread_each(monkeypatch, variables, added):
+    for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES"):
+        monkeypatch.setenv(name, "")  # restored afterwards, whatever is set in between
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    runs.one_thread_per_virtual_device()
+    flags = os.environ.get("XLA_FLAGS", "")
+    assert ("--xla_cpu_multi_thread_eigen=false" in flags) == added
+    assert flags.startswith(variables.get("XLA_FLAGS", ""))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import typing
 from collections.abc import Mapping, Sequence
@@ -94,6 +95,19 @@ def peek(arguments: list[str], flag: str) -> str | None:
     return None
 
 
+def one_thread_per_virtual_device() -> None:
+    """Has XLA compute on one thread for each CPU device, where several were asked for.
+
+    Else all of its threads may wait, some in a collective for devices whose threads wait for parts
+    of a product that no thread is left to compute: the program stands still, and XLA ends it after
+    40 s. Takes effect before the first computation only.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    several = "xla_force_host_platform_device_count" in flags or "JAX_NUM_CPU_DEVICES" in os.environ
+    if several and "xla_cpu_multi_thread_eigen" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+
+
 def parse(
     cls: type[_Config],
     arguments: list[str],
@@ -106,6 +120,8 @@ def parse(
 ) -> _Config:
     """The config of a command line: a preset's (or the resumed run's) defaults, then the flags."""
     import tyro
+
+    one_thread_per_virtual_device()
 
     default = presets.get(peek(arguments, "--preset") or default_preset, presets[default_preset])
     if "--resume" in arguments:
