@@ -324,7 +324,7 @@ def test_value_losses():
 
 @given(
     ratio=st.floats(0.01, 100),
-    advantage=st.floats(-5, 5),
+    advantage=st.floats(-5, 5, width=32, allow_subnormal=False),  # XLA takes those for 0
     low=st.floats(0, 1),
     high=st.floats(0, 3),
 )
