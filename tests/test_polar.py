@@ -155,6 +155,8 @@ def test_symmetric_products_leave_out_what_is_mirrored(monkeypatch):
     monkeypatch.setattr(sys.modules["pgjax.optim.polar"], "SYMMETRIC_BLOCK", 16)
     np.testing.assert_allclose(symmetric_matmul(x, x), x @ jnp.swapaxes(x, -1, -2), atol=1e-12)
     assert flops() < 0.66 * whole  # two halvings: 5/8
+    gram = x @ jnp.swapaxes(x, -1, -2)
+    np.testing.assert_allclose(symmetric_matmul(gram, gram @ gram), gram @ gram @ gram, rtol=1e-10)
     odd = x[:, :35]
     np.testing.assert_allclose(
         symmetric_matmul(odd, odd),

@@ -278,8 +278,8 @@ def test_a_router_evens_out_what_its_favourite_gets():
     assert sent.sum(0).max() <= 8  # 32 tokens, 4 experts
     assert sent.any(1).all()
     np.testing.assert_allclose(weights[sent], np.asarray(jax.nn.softmax(logits))[sent], rtol=1e-6)
-    # More room, less evenness: twice the capacity sends more to the favourite.
-    assert (np.asarray(transport_router(logits, capacity_factor=2.0)) > 0).sum(0).max() <= 16
+    roomy = np.asarray(transport_router(logits, capacity_factor=2.0)) > 0
+    assert 8 < roomy.sum(0).max() <= 16
 
 
 def test_a_router_follows_its_tokens_and_its_gradient_is_the_softmaxs():
