@@ -34,6 +34,7 @@ from jaxtyping import Array, Float, UInt8
 
 import pgjax as pg
 from experiments.shared import reproduction
+from experiments.shared.optimizers import falling
 from pgjax.optim import oracles
 
 Rates = tuple[float, ...]
@@ -168,17 +169,12 @@ def trainer(config: Config, make: Make, every: int) -> Callable[..., Float[Array
         logprobs = outputs(params, rows, frozenset()).logprobs
         return -pg.aggregate.token_mean(logprobs, rows.mask) / jnp.log(2.0)
 
-    def falling(peak: Any) -> optax.Schedule:
-        start = 0.6 * config.steps
-        return lambda count: (
-            peak * jnp.clip((config.steps - count) / (config.steps - start), 0.0, 1.0)
-        )
-
     @jax.jit
     def train(rates: Float[Array, 2], seed: Array) -> Float[Array, " K"]:
         first, order = jax.random.split(jax.random.key(seed))
         params = {"decoder": pg.models.init(decoder.config, first)[1]}
-        transform = make(falling(rates[0]), falling(rates[1]), falling(config.vector_rate))
+        peaks = (rates[0], rates[1], config.vector_rate)
+        transform = make(*(falling(peak, config.steps) for peak in peaks))
 
         def step(carry: Any, key: Array) -> tuple[Any, None]:
             params, state = carry

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 import pgjax as pg
 from experiments.shared import reproduction
+from experiments.shared.optimizers import falling
 
 WORDS, WIDTH, INNER, EXPERTS, TOP = 256, 32, 64, 8, 2
 Table = Literal["rows", "centred_rows", "hybrid", "centred_hybrid", "adam"]
@@ -129,17 +130,13 @@ def optimizer(
 ) -> optax.GradientTransformation:
     """The stack with these tables; every rate is constant, then falls to zero."""
 
-    def falling(peak: Any) -> optax.Schedule:
-        start = 0.6 * steps
-        return lambda count: peak * jnp.clip((steps - count) / (steps - start), 0.0, 1.0)
-
     return pg.optim.symmetry_stack(
         pg.optim.Rates(
-            embedding=falling(rates[0]),
-            head=falling(rates[1]),
-            router=falling(0.01 if method.router == "adam" else 0.1),
-            matrices=falling(matrix_rate),
-            vectors=falling(0.01),
+            embedding=falling(rates[0], steps),
+            head=falling(rates[1], steps),
+            router=falling(0.01 if method.router == "adam" else 0.1, steps),
+            matrices=falling(matrix_rate, steps),
+            vectors=falling(0.01, steps),
         ),
         embedding=method.embedding,
         head=method.head,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import pgjax as pg
@@ -72,6 +73,12 @@ def make(
         "symmetry": symmetry,
         "soap": soap,
     }[name]()
+
+
+def falling(peak: Any, steps: int) -> optax.Schedule:
+    """Constant, then linear to zero over the last 40% of the steps; the peak may be traced."""
+    start = 0.6 * steps
+    return lambda count: peak * jnp.clip((steps - count) / (steps - start), 0.0, 1.0)
 
 
 def _times(rate: optax.Schedule, factor: float) -> optax.Schedule:
