@@ -34,6 +34,7 @@ from jaxtyping import Array, Float, UInt8
 
 import pgjax as pg
 from experiments.shared import reproduction
+from experiments.shared.descent import descend
 from experiments.shared.optimizers import falling
 from pgjax.optim import oracles
 
@@ -176,20 +177,12 @@ def trainer(config: Config, make: Make, every: int) -> Callable[..., Float[Array
         peaks = (rates[0], rates[1], config.vector_rate)
         transform = make(*(falling(peak, config.steps) for peak in peaks))
 
-        def step(carry: Any, key: Array) -> tuple[Any, None]:
-            params, state = carry
+        def gradient(params: Any, key: Array) -> Any:
             starts = jax.random.randint(key, (config.batch,), 0, len(kept) - config.length)
-            gradient = jax.grad(bits)(params, windows(kept, starts, config.length))
-            update, state = transform.update(gradient, state, params)
-            return (optax.apply_updates(params, update), state), None
+            return jax.grad(bits)(params, windows(kept, starts, config.length))
 
-        def block(carry: Any, keys: Array) -> tuple[Any, Array]:
-            carry, _ = jax.lax.scan(step, carry, keys)
-            return carry, bits(carry[0], test)
-
-        keys = jax.random.split(order, (config.steps // every, every))
-        _, seen = jax.lax.scan(block, (params, transform.init(params)), keys)
-        return jnp.append(bits(params, test), seen)
+        keys = jax.random.split(order, config.steps)
+        return descend(gradient, transform, params, keys, lambda p: bits(p, test), every)
 
     return train
 

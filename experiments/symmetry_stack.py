@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 import pgjax as pg
 from experiments.shared import reproduction
+from experiments.shared.descent import descend
 from experiments.shared.optimizers import falling
 
 WORDS, WIDTH, INNER, EXPERTS, TOP = 256, 32, 64, 8, 2
@@ -180,21 +181,13 @@ def learn(
         logits, _ = logits_of(params, contexts)
         return optax.softmax_cross_entropy_with_integer_labels(logits, words).mean()
 
-    def step(carry: Any, key: Array) -> tuple[Any, None]:
-        params, state = carry
+    def gradient(params: Any, key: Array) -> Any:
         first, second = jax.random.split(key)
         contexts = jax.random.categorical(first, frequency, shape=(config.batch,))
         words = jax.random.categorical(second, after[contexts])
-        g = jax.grad(loss_of)(params, contexts, words)
-        updates, state = transform.update(g, state, params)
-        return (optax.apply_updates(params, updates), state), None
+        return jax.grad(loss_of)(params, contexts, words)
 
-    def block(carry: Any, keys: Array) -> tuple[Any, Curves]:
-        return jax.lax.scan(step, carry, keys)[0], record(carry[0])
-
-    keys = jax.random.split(noise, steps).reshape(steps // every, every)
-    (params, _), seen = jax.lax.scan(block, (params, transform.init(params)), keys)
-    return jax.tree.map(lambda x, y: jnp.append(x, y), seen, record(params))
+    return descend(gradient, transform, params, jax.random.split(noise, steps), record, every)
 
 
 def best(curves: Curves) -> tuple[int, Curves]:

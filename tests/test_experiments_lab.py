@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import pgjax as pg
-from experiments import compare_objectives, estimator_atlas
+from experiments import compare_objectives, compare_optimizers, estimator_atlas
+from experiments.random_calculation import comparison_report
 from experiments.shared import runs
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -112,7 +113,7 @@ def test_settings_are_what_their_names_say():
 
 
 def curve(tokens, accuracy):
-    return compare_objectives.Curve(np.array(tokens), np.array(accuracy), accuracy[0], accuracy[-1])
+    return comparison_report.Curve(np.array(tokens), np.array(accuracy), accuracy[0], accuracy[-1])
 
 
 def test_scores_are_taken_at_the_tokens_that_all_have_used():
@@ -120,11 +121,11 @@ def test_scores_are_taken_at_the_tokens_that_all_have_used():
         "grpo": [[curve([0.0, 100.0], [0.2, 0.4])], [curve([0.0, 50.0], [0.0, 0.5])]],
         "long": [[curve([0.0, 200.0], [0.2, 0.6])], [curve([0.0, 100.0], [0.0, 0.4])]],
     }
-    scores, budget = compare_objectives.scores_at_equal_tokens(curves)
+    scores, budget = comparison_report.scores_at_equal_tokens(curves)
     np.testing.assert_array_equal(budget, [[100.0], [50.0]])
     np.testing.assert_allclose(scores["grpo"], [[0.4], [0.5]])
     np.testing.assert_allclose(scores["long"], [[0.4], [0.2]])
-    middle, low, high = compare_objectives.with_interval(scores["long"])
+    middle, low, high = comparison_report.with_interval(scores["long"])
     assert middle == pytest.approx(0.3) and low == pytest.approx(0.2) and high == pytest.approx(0.4)
 
 
@@ -175,6 +176,20 @@ def test_a_quick_comparison_and_the_same_command_again(tmp_path):
     assert json.loads((out / "results.json").read_text()) == content
     other = run("--steps", "3")
     assert other.returncode == 2 and "other settings" in other.stderr
+
+
+def test_a_quick_comparison_of_optimizers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
+    out = tmp_path / "out"
+    assert compare_optimizers.main(["--preset", "quick", "--out", str(out)]) == 0
+    content = json.loads((out / "results.json").read_text())
+    assert set(content["scores"]) == set(compare_optimizers.STACKS)
+    assert content["settings"]["symmetry"] == [1e-3, 1e-4]
+    config = json.loads((out / "micro9/seed1/symmetry_0.001_0.0001/config.json").read_text())
+    assert config["rl"]["learning_rate"] == 1e-3 and config["rl"]["adam_learning_rate"] == 1e-4
+    assert "moonshot_muon on micro9, seed 1" in capsys.readouterr().out
+    assert compare_optimizers.main(["--preset", "quick", "--others", "1", "2"]) == 2
+    assert "as many to choose from" in capsys.readouterr().err
 
 
 def test_presets_are_offered():

@@ -111,10 +111,11 @@ def reference_of(policy: Policy, needed: bool) -> Any | None:
 
 def make_optimizer(tuning: Tuning, trainable: Any) -> optax.GradientTransformation:
     """Clipping by global norm, then the named optimizer with a linearly warmed-up rate."""
-    steps = max(tuning.warmup_steps, 1)
+    own = tuning.adam_learning_rate
     optimizer = optimizers.make(
         tuning.optimizer,
-        optax.linear_schedule(tuning.learning_rate / steps, tuning.learning_rate, steps),
+        optimizers.rising(tuning.learning_rate, tuning.warmup_steps),
+        adam_rate=None if own is None else optimizers.rising(own, tuning.warmup_steps),
         weight_decay=tuning.weight_decay,
         shardings=trainable,
     )

@@ -58,6 +58,8 @@ class Tuning:
     optimizer: OptimizerName = "adamw"
     learning_rate: float = 1e-6
     """After `warmup_steps` of linear increase."""
+    adam_learning_rate: float | None = None
+    """Of what a matrix optimizer leaves to AdamW; default: the same. Not for other optimizers."""
     warmup_steps: int = 10
     """Steps until the full learning rate."""
     weight_decay: float = 0.0

@@ -45,10 +45,11 @@ def answers(samples: Any, batch: Any) -> dict[str, Any]:
 def make_optimizer(config: Config, shardings: Any = None) -> optax.GradientTransformation:
     """Clipping by global norm, then the named optimizer with a linearly warmed-up rate."""
     rl = config.rl
-    peak, steps = rl.learning_rate, rl.warmup_steps
+    own = rl.adam_learning_rate
     optimizer = optimizers.make(
         config.optimizer,
-        optax.linear_schedule(peak / steps, peak, steps),
+        optimizers.rising(rl.learning_rate, rl.warmup_steps),
+        adam_rate=None if own is None else optimizers.rising(own, rl.warmup_steps),
         weight_decay=rl.weight_decay,
         betas=(0.9, 0.99),
         shardings=shardings,

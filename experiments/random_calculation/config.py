@@ -72,6 +72,8 @@ class RL:
     """Levels the prompts are drawn from."""
     learning_rate: float = 2e-4
     """After `warmup_steps` of linear increase."""
+    adam_learning_rate: float | None = None
+    """Of what a matrix optimizer leaves to AdamW; default: the same. Not for other optimizers."""
     warmup_steps: int = 10
     """Steps until the full learning rate."""
     temperature: float = 1.0

@@ -19,28 +19,37 @@ def make(
     name: OptimizerName,
     rate: optax.Schedule,
     *,
+    adam_rate: optax.Schedule | None = None,
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.999),
     shardings: Any = None,
 ) -> optax.GradientTransformation:
-    """The named optimizer; matrix optimizers leave what is no matrix to AdamW at the same rate.
+    """The named optimizer; matrix optimizers leave what is no matrix to AdamW.
 
     Args:
       rate: the learning rate over steps. For "symmetry" it is the matrices', to which the other
         layers' stand as published.
+      adam_rate: AdamW's beside a matrix optimizer, for "symmetry" that of vectors; None: `rate`,
+        and for "symmetry" as published.
       betas: of Adam and AdamW.
       shardings: a tree of the trainable parameters' `NamedSharding`s, or of the parameters
         themselves; matrix optimizers deal whole matrices out over a mesh of several devices.
     """
     layout = None if shardings is None else pg.optim.layout_of(shardings)
     b1, b2 = betas
+    if adam_rate is not None and name in ("adam", "adamw", "sgd", "lion"):
+        raise ValueError(f"adam_learning_rate: {name!r} leaves nothing to another optimizer")
 
     def adamw() -> optax.GradientTransformation:
         return optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay)
 
+    def others() -> optax.GradientTransformation:
+        own = rate if adam_rate is None else adam_rate
+        return optax.adamw(own, b1=b1, b2=b2, weight_decay=weight_decay)
+
     def muon(**options: Any) -> optax.GradientTransformation:
         return pg.optim.muon(
-            rate, weight_decay=weight_decay, layout=layout, adam=adamw(), **options
+            rate, weight_decay=weight_decay, layout=layout, adam=others(), **options
         )
 
     def symmetry() -> optax.GradientTransformation:
@@ -48,6 +57,8 @@ def make(
         names = ("embedding", "head", "router", "matrices", "vectors")
         shares = {n: getattr(published, n) / published.matrices for n in names}
         scaled = {n: _times(rate, share) for n, share in shares.items()}
+        if adam_rate is not None:
+            scaled["vectors"] = adam_rate
         return pg.optim.symmetry_stack(
             pg.optim.Rates(**scaled), weight_decay=weight_decay, layout=layout
         )
@@ -58,7 +69,7 @@ def make(
             optax.add_decayed_weights(weight_decay),
             optax.scale_by_learning_rate(rate),
         )
-        return pg.optim.with_adam(matrices, adamw())
+        return pg.optim.with_adam(matrices, others())
 
     return {
         "adam": lambda: optax.adam(rate, b1=b1, b2=b2),
@@ -68,11 +79,17 @@ def make(
         "muon": muon,
         "moonshot_muon": lambda: muon(kind="heavy_ball_nesterov", shape="moonshot"),
         "polar_grad": lambda: pg.optim.polar_grad_with_adam(
-            rate, weight_decay=weight_decay, layout=layout, adam=adamw()
+            rate, weight_decay=weight_decay, layout=layout, adam=others()
         ),
         "symmetry": symmetry,
         "soap": soap,
     }[name]()
+
+
+def rising(peak: float, steps: int) -> optax.Schedule:
+    """Linear to the peak, which step number `steps` is the first to have; then constant."""
+    steps = max(steps, 1)
+    return optax.linear_schedule(peak / steps, peak, steps)
 
 
 def falling(peak: Any, steps: int) -> optax.Schedule:

@@ -24,8 +24,8 @@ from pgjax.optim.zolo import zolo
 
 METHODS = ("ns", "polar_express", "gram_ns", "qdwh", "svd", "eigh", "zolo")
 ITERATIVE = ("ns", "polar_express", "gram_ns")
-SYMMETRIC_BLOCK = 512
-"""Symmetric products whose half is at least this wide are computed by blocks, without mirrors."""
+SYMMETRIC_BLOCK = 256
+"""Symmetric products are cut into blocks no narrower than this."""
 
 
 def polar(
@@ -155,22 +155,27 @@ def _compute_dtype(dtype: Any) -> Any:
 def symmetric_matmul(
     a: Float[Array, "*b m k"], b: Float[Array, "*b m k"], *, precision: Any = None
 ) -> Float[Array, "*b m m"]:
-    """`A Bᵀ` where it is known to be symmetric: wide ones without the blocks below the diagonal,
-    which are mirrored; each halving saves half of what is left above 1/2 of the FLOPs.
+    """`A Bᵀ` where it is known to be symmetric, without the blocks below the diagonal.
 
-    For `A Aᵀ`, and for products of polynomials of one symmetric matrix.
+    Wide ones are cut into four by four blocks, or two by two, of which the lower are mirrors:
+    5/8 or 3/4 of the FLOPs. For `A Aᵀ`, and for products of polynomials of one symmetric matrix.
     """
-    m, k = a.shape[-2:]
-    half = m // 2
-    if half < SYMMETRIC_BLOCK or m % 2:
+    m = a.shape[-2]
+    count = next((p for p in (4, 2) if m % p == 0 and m // p >= SYMMETRIC_BLOCK), 1)
+    if count == 1:
         return _times_transpose(a, b, precision)
-    corner = _times_transpose(a[..., :half, :], b[..., half:, :], precision)
-    # Both blocks of the diagonal in one product, which is compiled once.
-    pairs = (x.reshape(*x.shape[:-2], 2, half, k) for x in (a, b))
-    diagonal = symmetric_matmul(*pairs, precision=precision)
-    upper = jnp.concatenate([diagonal[..., 0, :, :], corner], -1)
-    lower = jnp.concatenate([jnp.swapaxes(corner, -1, -2), diagonal[..., 1, :, :]], -1)
-    return jnp.concatenate([upper, lower], -2)
+    left = jnp.split(a, count, -2)
+    right = left if a is b else jnp.split(b, count, -2)
+    upper = {
+        (i, j): _times_transpose(left[i], right[j], precision)
+        for i, j in itertools.combinations_with_replacement(range(count), 2)
+    }
+
+    def block(i: int, j: int) -> Array:
+        return upper[i, j] if i <= j else jnp.swapaxes(upper[j, i], -1, -2)
+
+    every = range(count)
+    return jnp.concatenate([jnp.concatenate([block(i, j) for j in every], -1) for i in every], -2)
 
 
 def _times_transpose(a: Array, b: Array, precision: Any) -> Array:
