@@ -36,3 +36,10 @@ def test_tables_and_routers_run_to_their_files(tmp_path):
 def test_four_stacks_pretrain(tmp_path):
     found, _ = tiny_runs.run("pretrain_optimizers", tmp_path)
     assert set(found["table"]) == {"AdamW", "Muon", "PolarGrad", "symmetry"}
+
+
+def test_the_proven_step_descends_as_proved(tmp_path):
+    polar_grad.main(["--seeds", "2", "--steps", "120", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "quadratic" / "results.json").read_text())
+    claims = [c for c in found["claims"] if "1/(L r)" in c["text"]]
+    assert len(claims) == 1 and claims[0]["holds"]
