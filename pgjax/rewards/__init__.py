@@ -1,5 +1,6 @@
 """What a completion was worth: verifiable rewards, control rewards, shaping terms."""
 
+from pgjax.rewards import isolated
 from pgjax.rewards.contrastive import contrastive_mask, gcpo_reward, length_reward
 from pgjax.rewards.density import only_complete, sparsify
 from pgjax.rewards.numeric import exact_reward, numeric_reward
@@ -20,6 +21,7 @@ __all__ = [
     "exact_reward",
     "gcpo_reward",
     "inverted_reward",
+    "isolated",
     "length_reward",
     "majority_incorrect_label",
     "majority_incorrect_reward",

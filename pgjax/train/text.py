@@ -105,7 +105,7 @@ def make_text_step(
 
 
 def host_reward(
-    verifier: Callable[[str, Any], float],
+    verifier: Callable[[str, Any], float] | rewards.isolated.VerifierPool,
     decode: Callable[[Sequence[int]], str],
     examples: Callable[[PromptBatch], Sequence[Any]],
 ) -> RewardFunction:
@@ -115,7 +115,8 @@ def host_reward(
     which every advantage function leaves out; the exception is logged with the sample's index.
 
     Args:
-      verifier: `(completion, example) -> float`.
+      verifier: `(completion, example) -> float`, or a pool of processes that has one and bounds
+        the time and memory of a verdict.
       decode: token ids of a completion, stop token included, to text.
       examples: the batch's examples, one per prompt.
     """
@@ -126,7 +127,10 @@ def host_reward(
         texts = [decode(row[kept].tolist()) for row, kept in zip(tokens, mask, strict=True)]
         per_prompt = examples(batch)
         chosen = [per_prompt[int(p)] for p in np.asarray(samples.prompt_ids)]
-        scores, failures = rewards.call_verifier(verifier, texts, chosen)
+        if isinstance(verifier, rewards.isolated.VerifierPool):
+            scores, failures = verifier.judge(texts, chosen)
+        else:
+            scores, failures = rewards.call_verifier(verifier, texts, chosen)
         for failure in failures:
             _log.warning("verifier failed, sample left out: %s", failure)
         return jnp.asarray(scores, jnp.float32)
