@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -98,7 +99,7 @@ def widths(length: int) -> tuple[int, ...]:
     return (length // 3, 2 * length // 3)
 
 
-def make_decoder(config: Config) -> tuple[pg.models.FunctionalDecoder, Any]:
+def make_decoder(config: Config, mesh: Any) -> tuple[pg.models.FunctionalDecoder, Any]:
     model = config.model
     key, head_key = jax.random.split(jax.random.key(config.seed))
     decoder_config = pg.models.DecoderConfig(
@@ -118,6 +119,7 @@ def make_decoder(config: Config) -> tuple[pg.models.FunctionalDecoder, Any]:
         remat=model.remat,
     )
     decoder, params = pg.models.init(decoder_config, key)
+    decoder = dataclasses.replace(decoder, mesh=mesh)
     params = {"decoder": params}
     if config.objective == "ppo":
         params["value_head"] = pg.models.value_head_init(decoder_config, head_key)

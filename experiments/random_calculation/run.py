@@ -32,7 +32,7 @@ class Run:
                 raise FileNotFoundError(f"warmup_from: no warmed-up model in {warmed_up}")
         self.directory = config.out or next_run()
         runs.claim(self.directory, config)
-        self.decoder, self.params = build.make_decoder(config)
+        self.decoder, self.params = build.make_decoder(config, self.mesh)
         self.sources = {
             split: task.data_source(config.data_preset, split, data_dir=config.data_dir)
             for split in ("train", "validation", "test")

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from pgjax.models import attention
@@ -25,6 +26,7 @@ from pgjax.models.config import DecoderConfig
 from pgjax.models.layers import Layer, add_norm, kernel, normed, value
 from pgjax.models.moe import Routing
 from pgjax.models.rotary import rotary_tables, rotate
+from pgjax.parallel.sharding import batch_sharding, row_ways
 
 Tables = tuple[Array, Array] | None
 # (kind, number of its cache array and index in it, query, key, value, sinks, cached keys, cached
@@ -59,6 +61,7 @@ class Decoder(nnx.Module):
 
         self.layers = stacked(rngs)
         self.single_layers: tuple[Any, ...] | None = None
+        self.mesh: Mesh | None = None  # of whole rows
         add_norm(self, config, "norm")
         if not config.tied_embeddings:
             self.unembedding = kernel(
@@ -73,7 +76,7 @@ class Decoder(nnx.Module):
         experts: Int[Array, "L B T k"] | None,
     ) -> tuple[Float[Array, "B T H"], Routing | None]:
         x, _, routing = self._rows(tokens, positions, segment_ids, experts, keep=False)
-        return self._final_norm(x), routing
+        return self._with_rows(self._final_norm(x)), routing
 
     def prefill(
         self, tokens: Int[Array, "P Tp"], lengths: Int[Array, " P"]
@@ -250,8 +253,8 @@ class Decoder(nnx.Module):
                     return branches[0](*projected)
                 return jax.lax.switch(kind, branches, *projected)
 
-            x, kept, routing = nnx.merge(graphdef, state)(x, attend, forced)
-            return x, (kept, routing)
+            x, kept, routing = nnx.merge(graphdef, state)(self._with_rows(x), attend, forced)
+            return self._with_rows(x), (kept, routing)
 
         graphdef, states = nnx.split(self.layers)
         if self.config.remat is not None:
@@ -259,7 +262,7 @@ class Decoder(nnx.Module):
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
         kinds = jnp.array(self.config.kind_indices)
         x, (kept, routing) = jax.lax.scan(
-            layer, self._embed(tokens, positions), (states, kinds, experts)
+            layer, self._with_rows(self._embed(tokens, positions)), (states, kinds, experts)
         )
         if routing is None:
             return x, kept, None
@@ -327,6 +330,12 @@ class Decoder(nnx.Module):
             carry = run(carry, layer, kinds[layer], kinds[:layer].count(kinds[layer]))
         x, keys, values, chosen = carry
         return x, (keys, values), chosen
+
+    def _with_rows(self, x: Array) -> Array:
+        """Activations `[B, ...]` on the devices of their rows, all else of them whole."""
+        if self.mesh is None or self.mesh.size == 1 or x.shape[0] % row_ways(self.mesh):
+            return x
+        return jax.lax.with_sharding_constraint(x, batch_sharding(self.mesh))
 
     def _embed(self, tokens: Array, positions: Array) -> Array:
         x = jnp.take(value(self.embedding), tokens, axis=0).astype(self.config.dtype)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pgjax import _checks
@@ -31,9 +32,14 @@ class FunctionalDecoder:
 
     Attributes:
       config: what the decoder is.
+      mesh: on which its parameters are spread. `apply` then keeps what it computes of a row on
+        that row's devices, and gathers a layer's parameters when it comes to the layer; without
+        a mesh the compiler, which sees parameters spread over `fsdp`, may compute every row on
+        every device instead. Rows that `data` x `fsdp` does not divide are left to it.
     """
 
     config: DecoderConfig
+    mesh: Mesh | None = None
 
     def apply(
         self,
@@ -273,7 +279,9 @@ class FunctionalDecoder:
     def _merge(self, params: Params) -> Decoder:
         layers = params["layers"]
         if isinstance(layers, dict):
-            return nnx.merge(_skeleton(self.config)[0], params)
+            decoder = nnx.merge(_skeleton(self.config)[0], params)
+            decoder.mesh = self.mesh
+            return decoder
         unused = {} if self.config.tied_embeddings else {"unembedding": None}
         decoder = nnx.merge(_skeleton(self.config)[0], {**params, **unused, "layers": layers[0]})
         decoder.single_layers = nnx.data(layers) if hasattr(nnx, "data") else layers

@@ -161,6 +161,11 @@ def shardings(
     return jax.tree_util.tree_unflatten(treedef, result)
 
 
+def row_ways(mesh: Mesh) -> int:
+    """Into how many parts `batch_sharding` cuts a batch."""
+    return math.prod(mesh.shape[name] for name in _BATCH_AXES)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of an array every device holds in full."""
     return NamedSharding(mesh, PartitionSpec())
@@ -269,7 +274,7 @@ def constrain_batch(tree: Any, mesh: Mesh, *, axis: int = 0) -> Any:
     Raises:
       ValueError: a batch dimension that `data` x `fsdp` does not divide, naming the leaf.
     """
-    ways = math.prod(mesh.shape[name] for name in _BATCH_AXES)
+    ways = row_ways(mesh)
     along, whole = batch_sharding(mesh, axis=axis), replicated(mesh)
 
     def constrain(path: Any, leaf: Any) -> Any:

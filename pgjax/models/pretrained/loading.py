@@ -134,7 +134,7 @@ def _load(checkpoint: Checkpoint, run: _Run) -> tuple[FunctionalDecoder, Params]
             raise ValueError(f"param_dtype: expected a floating dtype, got {run.param_dtype}")
         dtypes = dict.fromkeys(dtypes, jax.dtypes.canonicalize_dtype(run.param_dtype))
     config = _configured(checkpoint, run, dtypes)
-    decoder = FunctionalDecoder(config)
+    decoder = FunctionalDecoder(config, run.mesh)
     shapes = abstract_params(config)
     placed: dict[Leaf, Any] = {}
     if run.mesh is not None:
