@@ -56,7 +56,7 @@ def test_bytes_held_and_sent(tmp_path):
             2 * 3 * rows * 2 * slots * 8 * 4 / found["devices"], abs=rows * 4
         )
         sent = found["update"]["sent"]["all-gather, each layer"]
-        assert sent >= 2 * 3 * layer * 4 * 3 / 4  # forward and backward
+        assert sent == 2 * 3 * layer * 4 * 3 / 4  # forward and backward
     # Four times the devices, as many rows on each: gathering costs a device no more.
     assert (
         sixteen["update"]["sent"]["all-gather, each layer"]
@@ -90,6 +90,6 @@ def test_what_cannot_be_planned_is_said(arguments, message, capsys, monkeypatch)
      ("qwen3-30b-a3b", 30.5, 3.04)],
 )  # fmt: skip
 def test_known_models_have_their_published_sizes(name, total, active):
-    found = sizes.count(sizes.decoder_config(name))
+    found = sizes.count(sizes.decoder_config(name, max_length=16))
     assert found[0] == pytest.approx(total * 1e9, rel=0.003)
     assert found[1] == pytest.approx(active * 1e9, rel=0.003)

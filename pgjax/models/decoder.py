@@ -26,7 +26,7 @@ from pgjax.models.config import DecoderConfig
 from pgjax.models.layers import Layer, add_norm, kernel, normed, value
 from pgjax.models.moe import Routing
 from pgjax.models.rotary import rotary_tables, rotate
-from pgjax.parallel.sharding import batch_sharding, row_ways
+from pgjax.parallel.sharding import batch_sharding, gather, row_ways
 
 Tables = tuple[Array, Array] | None
 # (kind, number of its cache array and index in it, query, key, value, sinks, cached keys, cached
@@ -253,7 +253,8 @@ class Decoder(nnx.Module):
                     return branches[0](*projected)
                 return jax.lax.switch(kind, branches, *projected)
 
-            x, kept, routing = nnx.merge(graphdef, state)(self._with_rows(x), attend, forced)
+            module = nnx.merge(graphdef, self._gathered(state))
+            x, kept, routing = module(self._with_rows(x), attend, forced)
             return self._with_rows(x), (kept, routing)
 
         graphdef, states = nnx.split(self.layers)
@@ -336,6 +337,18 @@ class Decoder(nnx.Module):
         if self.mesh is None or self.mesh.size == 1 or x.shape[0] % row_ways(self.mesh):
             return x
         return jax.lax.with_sharding_constraint(x, batch_sharding(self.mesh))
+
+    def _gathered(self, state: nnx.State) -> nnx.State:
+        """One layer's matrices, gathered here and once for all that read them."""
+        if self.mesh is None or self.mesh.size == 1:
+            return state
+        flat = []
+        for path, param in nnx.to_flat_state(state):
+            held, axes = value(param), param.get_metadata("axes")
+            if isinstance(held, jax.Array):  # not what stands for one, low-rank or quantised
+                param = param.replace(gather(held, axes, self.mesh))
+            flat.append((path, param))
+        return nnx.from_flat_state(flat)
 
     def _embed(self, tokens: Array, positions: Array) -> Array:
         x = jnp.take(value(self.embedding), tokens, axis=0).astype(self.config.dtype)

@@ -138,7 +138,7 @@ def _group_size(line: str, num_devices: int) -> int:
     iota = re.match(r"\[(\d+),(\d+)\]<=", groups)
     if iota:
         return int(iota[2])
-    mesh = re.match(r"mesh\[([^\]]*)\]\s*\{([^}]*)\}", groups)
+    mesh = re.match(r"mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))?\s*\{([^}]*)\}", groups)
     if mesh:
         sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
         used = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])

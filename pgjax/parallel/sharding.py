@@ -161,6 +161,19 @@ def shardings(
     return jax.tree_util.tree_unflatten(treedef, result)
 
 
+def gather(x: jax.Array, logical_axes: Sequence[str | None], mesh: Mesh) -> jax.Array:
+    """The same array, no longer spread over `data` and `fsdp`; for use in `jit`.
+
+    Split over other axes of the mesh it stays as `DEFAULT_RULES` say.
+    """
+    rules = {
+        name: tuple(axis for axis in _mesh_axes(rule) if axis not in _BATCH_AXES)
+        for name, rule in DEFAULT_RULES.items()
+    }
+    spec = _spec(logical_axes, rules, "logical_axes", mesh, x.shape)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
 def row_ways(mesh: Mesh) -> int:
     """Into how many parts `batch_sharding` cuts a batch."""
     return math.prod(mesh.shape[name] for name in _BATCH_AXES)
