@@ -39,13 +39,13 @@ class Config(comparison.Common):
     """The recipe that all train by."""
     adamw: Rates = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
     """Rates of AdamW."""
-    muon: Rates = (4e-4, 1.6e-3, 6.4e-3)
+    muon: Rates = (2.5e-5, 1e-4, 4e-4)
     """Of matrices."""
-    polar_grad: Rates = (1e-2, 1e-1, 1.0)
+    polar_grad: Rates = (1e-4, 1e-3, 1e-2)
     """Of matrices."""
-    symmetry: Rates = (2.5e-4, 1e-3, 4e-3)
+    symmetry: Rates = (4e-6, 2e-5, 1e-4)
     """Of matrices; embedding and head stand to it as published."""
-    others: Rates = (1e-4, 4e-4)
+    others: Rates = (5e-5, 2e-4)
     """Of AdamW beside matrix optimizers."""
     tasks: tuple[Literal["micro9", "micro19", "mini99"], ...] = ("micro19",)
     """Data presets; each is a stratum of the bootstrap."""
