@@ -204,14 +204,21 @@ def completion_claims(
     pairs = [("PolarGrad", "gradient descent")]
     if "PolarGrad, 4 times" in end:
         pairs.append(("PolarGrad, 4 times", "gradient descent, 4 times"))
-    claims = [
-        reproduction.Claim(
-            f"{ours} ends below {theirs} at the same step (every seed)",
-            bool(np.all(end[ours] < end[theirs])),
-            f"{end[ours].mean():.2g} against {end[theirs].mean():.2g}",
+    claims = []
+    for ours, theirs in pairs:
+        a, b = found[ours].value, found[theirs].value
+        # Where both arrive, who does first: the first record with one below 1e-12, or the last.
+        arrived = np.minimum(a, b) < 1e-12
+        at = np.where(arrived.any(1), arrived.argmax(1), a.shape[1] - 1)[:, None]
+        a, b = np.take_along_axis(a, at, 1), np.take_along_axis(b, at, 1)
+        claims.append(
+            reproduction.Claim(
+                f"{ours} is below {theirs} at the same step at the end, or when one of them is "
+                "below 1e-12 (every seed)",
+                bool(np.all(a < b)),
+                f"{a.mean():.2g} against {b.mean():.2g}",
+            )
         )
-        for ours, theirs in pairs
-    ]
     return [
         *claims,
         reproduction.Claim(
