@@ -48,7 +48,8 @@ def _specs(tree: Any) -> Any:
 
 def polar(oracle: Oracle, rate: Any, beta: float = 0.0, order: str = "momentum_first") -> Any:
     # Some runs arrive, in float64, at gradients smaller than the usual least nuclear norm.
-    return pg.optim.polar_grad(rate, beta=beta, order=order, oracle=oracle, specs=_specs, eps=1e-30)
+    scaled = pg.optim.scale_by_polar(beta=beta, order=order, oracle=oracle, specs=_specs, eps=1e-30)
+    return optax.chain(scaled, optax.scale_by_learning_rate(rate))
 
 
 def muon(rate: Any) -> optax.GradientTransformation:
