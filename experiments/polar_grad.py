@@ -47,7 +47,7 @@ class Config:
     """how polar factors are computed; eigh is the fastest here, and exact enough for gradients
     whose condition number stays below 1e6"""
     quick: bool = False
-    """two seeds and sixty steps, to see that it runs"""
+    """two seeds and 120 steps, to see that it runs"""
     out: str = "results/polar_grad"
     """directory for table, plot and numbers, in which each problem has its own"""
 

@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 import pgjax as pg
 from experiments.shared import optimizers
 from pgjax import models, parallel
-from pgjax.models.cache import CompletionCache, PrefixCache
+from pgjax.models.cache import empty_completion_cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,27 +160,31 @@ def decode_facts(
     decoder = models.FunctionalDecoder(config, mesh)
     shapes = models.abstract_params(config)
     params = placed(shapes, parallel.shardings(decoder.logical_axes(), mesh, shapes=shapes))
-    axes = {"data": mesh.shape["data"], "fsdp": mesh.shape["fsdp"]}
-    rows = tuple(axes) if prompts % math.prod(axes.values()) == 0 else None
-    heads = "tensor" if (config.num_kv_heads or 1) % mesh.shape["tensor"] == 0 else None
+    shape: Any = jax.ShapeDtypeStruct
+    _, prefix = jax.eval_shape(
+        decoder.prefill,
+        shapes,
+        shape((prompts, prompt_length), jnp.int32),
+        shape((prompts,), jnp.int32),
+    )
+    completion = jax.eval_shape(
+        lambda: empty_completion_cache(
+            config, num_prompts=prompts, num_samples=samples, num_slots=new_tokens
+        )
+    )
 
-    def kept(slots: int, *inner: int) -> tuple[Any, ...]:
-        arrays = []
-        for kind in config.kinds:
-            layers = sum(config.kinds[k] == kind for k in config.kind_indices)
-            most = slots if kind.window is None else min(slots, kind.window)
-            shape = (layers, prompts, config.num_kv_heads, *inner, most, config.head_dim)
-            place = NamedSharding(mesh, PartitionSpec(None, rows, heads))
-            arrays.append(jax.ShapeDtypeStruct(shape, config.dtype, sharding=place))
-        return tuple(arrays)
+    def spread(tree: Any) -> Any:
+        """Caches over prompts and heads, all else over prompts."""
 
-    row_place = NamedSharding(mesh, PartitionSpec(rows))
-    lengths: Any = jax.ShapeDtypeStruct((prompts,), jnp.int32, sharding=row_place)
-    prefix = PrefixCache(keys=kept(prompt_length), values=kept(prompt_length), lengths=lengths)
-    own = kept(new_tokens, samples)
-    completion = CompletionCache(keys=own, values=own)
-    tokens = jax.ShapeDtypeStruct((prompts, samples), jnp.int32, sharding=row_place)
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=parallel.replicated(mesh))
+        def axes(x: Any) -> tuple[str | None, ...]:
+            first = (None, "batch", "kv_heads") if x.ndim > 3 else ("batch",)
+            return (*first, *[None] * (x.ndim - len(first)))
+
+        return placed(tree, parallel.shardings(jax.tree.map(axes, tree), mesh, shapes=tree))
+
+    prefix, completion = spread(prefix), spread(completion)
+    tokens = spread(shape((prompts, samples), jnp.int32))
+    step = shape((), jnp.int32, sharding=parallel.replicated(mesh))
 
     def decode(params: Any, tokens: Any, prefix: Any, completion: Any, step: Any) -> Any:
         hidden, completion = decoder.decode_step(params, tokens, prefix, completion, step)

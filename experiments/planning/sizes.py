@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from typing import Any, NamedTuple
+
+import jax
 
 from pgjax import models
 from pgjax.models import DecoderConfig, MoEConfig
@@ -72,16 +75,12 @@ def decoder_config(model: str, **changes: Any) -> DecoderConfig:
     if model in MODELS:
         return DecoderConfig(**{**MODELS[model], **changes})
     if pathlib.Path(model).is_dir():
-        import dataclasses
-
         return dataclasses.replace(read_config(model)[-1], **changes)
     raise ValueError(f"model: expected a directory or one of {', '.join(MODELS)}, got {model!r}")
 
 
 def count(config: DecoderConfig) -> tuple[int, int]:
     """Parameters, and those that a token meets in matrix products."""
-    import jax
-
     shapes = models.abstract_params(config)
     total = sum(x.size for x in jax.tree.leaves(shapes))
     active = total - (0 if config.tied_embeddings else shapes["embedding"].size)

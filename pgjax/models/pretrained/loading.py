@@ -134,7 +134,8 @@ def _load(checkpoint: Checkpoint, run: _Run) -> tuple[FunctionalDecoder, Params]
             raise ValueError(f"param_dtype: expected a floating dtype, got {run.param_dtype}")
         dtypes = dict.fromkeys(dtypes, jax.dtypes.canonicalize_dtype(run.param_dtype))
     config = _configured(checkpoint, run, dtypes)
-    decoder = FunctionalDecoder(config, run.mesh)
+    # A decoder gathers its layers by the default rules; by others the compiler decides.
+    decoder = FunctionalDecoder(config, run.mesh if run.rules == DEFAULT_RULES else None)
     shapes = abstract_params(config)
     placed: dict[Leaf, Any] = {}
     if run.mesh is not None:

@@ -22,7 +22,7 @@ from pgjax.rewards.verifier import Failure
 _WORKER = Path(__file__).with_name("worker.py")
 
 
-class VerifierPool:
+class VerifierPool(WorkerPool):
     """A verifier in worker processes: whatever it does, every completion gets its result in time.
 
     Of a completion on which the verifier raises, hangs, ends its process or takes more memory than
@@ -62,15 +62,15 @@ class VerifierPool:
             "memory_bytes": limits.memory_bytes,
             "verifier": _packed("verifier", verifier),
         }
-        self._pool = WorkerPool(
-            self._start,
+        super().__init__(
+            self._process,
             workers=workers,
             name="verifier's",
             opening=json.dumps(opening).encode() + b"\n",
             watched=True,
         )
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _process(self) -> subprocess.Popen[bytes]:
         return sandbox.spawn(
             [sys.executable, "-I", str(_WORKER)],
             self.limits,
@@ -80,21 +80,6 @@ class VerifierPool:
             stderr=subprocess.DEVNULL,
             cwd="/",
         )
-
-    def __enter__(self) -> VerifierPool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the workers and all they started; they would start again with the next `judge`."""
-        self._pool.close()
-
-    @property
-    def pids(self) -> tuple[int, ...]:
-        """Process ids of what was started and runs now; workers are among their descendants."""
-        return self._pool.pids
 
     def judge(
         self, completions: Sequence[Any], examples: Sequence[Mapping[str, Any]]
@@ -127,7 +112,7 @@ class VerifierPool:
         ]
         rewards = np.full(len(requests), np.nan, np.float32)
         failures = []
-        answers = self._pool.ask(requests, timeout=self.limits.seconds)
+        answers = self.ask(requests, timeout=self.limits.seconds)
         for i, answer in enumerate(answers):
             if "given" in answer:
                 raise ValueError(

@@ -56,7 +56,10 @@ def isolates() -> bool:
     """Whether processes can have namespaces of their own, of processes and network, here."""
     if sys.platform != "linux" or shutil.which("unshare") is None:
         return False
-    done = subprocess.run([*_NAMESPACES, "true"], capture_output=True, timeout=30, check=False)
+    try:
+        done = subprocess.run([*_NAMESPACES, "true"], capture_output=True, timeout=30, check=False)
+    except subprocess.TimeoutExpired:
+        return False
     return done.returncode == 0
 
 

@@ -35,6 +35,7 @@ def told(error: BaseException) -> str:
 
 
 def as_number(value: Any) -> float | None:
+    """What `rewards.verifier` takes for one number, without importing JAX."""
     if isinstance(value, numbers.Real) or type(value).__name__ in ("bool_", "bool"):
         return float(value)
     if getattr(value, "shape", None) == () and value.dtype.kind in "biuf":

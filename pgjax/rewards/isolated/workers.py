@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from pgjax.rewards.isolated import sandbox
 
@@ -99,7 +99,6 @@ class WorkerPool:
         self.name = name
         self.opening = opening
         self.watched = watched
-        self.started = 0
         self._workers: list[Worker] = []
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -107,9 +106,15 @@ class WorkerPool:
         # Also runs when the interpreter ends.
         self._finalizer = weakref.finalize(self, _kill_all, self._workers)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     @property
     def pids(self) -> tuple[int, ...]:
-        """Of the processes that run now."""
+        """Of the processes that were started and run now."""
         return tuple(w.process.pid for w in self._workers)
 
     def close(self) -> None:
@@ -154,7 +159,6 @@ class WorkerPool:
             busy = sum(w.job is not None for w in self._workers)
             while len(self._workers) < min(self.size, busy + len(waiting)):
                 self._workers.append(Worker(self._events, self.start(), self.opening))
-                self.started += 1
             for worker in self._workers:
                 if worker.ready and worker.job is None and waiting:
                     job = waiting.popleft()
@@ -196,8 +200,7 @@ class WorkerPool:
     def _end(self, worker: Worker, error: str) -> list[tuple[int, Answer]]:
         """Ends a process; its request, where it had one, is answered by the error."""
         self._workers.remove(worker)
-        ended = error == "crash"
-        if ended:  # it is about to, and its own exit code says more than ours
+        if error == "crash":  # it is about to, and its own exit code says more than ours
             with contextlib.suppress(subprocess.TimeoutExpired):
                 worker.process.wait(1)
         worker.kill()
