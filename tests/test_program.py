@@ -119,6 +119,7 @@ EIGHT_DEVICES = """
             "exact": all(c.exact for c in inside),
             "temporary": compiled.memory_analysis().temp_size_in_bytes,
         }
+    params = pg.models.init(config, jax.random.key(0))[1]
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), alone["decoder"], params)
     out["moved"] = max(jax.tree.leaves(moved))
     out["layers"] = layer * config.num_layers
