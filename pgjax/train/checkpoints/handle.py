@@ -23,6 +23,11 @@ from pgjax.train.checkpoints.retention import Retention, best_first
 _Tree = TypeVar("_Tree")
 
 
+# A Python whose main thread is at its end starts no thread in these versions (python/cpython
+# #113964), so a save under way could neither end nor give up.
+_NO_THREADS_AT_EXIT = (3, 12, 0) <= sys.version_info < (3, 12, 3)
+
+
 def _first_line(error: BaseException) -> str:
     line = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {line[:300]}"
@@ -33,9 +38,8 @@ def _close_before_exit(handle: Checkpoints) -> None:
 
     The writing threads need executors, which refuse work once the interpreter shuts down, and
     then wait for each other for ever. `atexit` comes after that; this hook, which the executors
-    themselves use, comes before, since the last one registered is called first. From Python 3.12
-    on no thread can be started by then, so a save under way may fail: that is said, and the
-    checkpoints before it are whole.
+    themselves use, comes before, since the last one registered is called first. A save that fails
+    then is said to be missing, and the checkpoints before it are whole.
     """
     reference = weakref.ref(handle)
 
@@ -116,7 +120,8 @@ class Checkpoints:
         The caller may donate or change the state at once. Only one checkpoint is written at a
         time: a save waits for the one before it. It counts from the moment it is complete; a
         process that dies earlier leaves the previous ones as they were. Afterwards those that are
-        neither among the last nor the best are deleted.
+        neither among the last nor the best are deleted. Under Python 3.12.0 to 3.12.2, which start
+        no thread at their exit, it returns when all is written.
 
         Args:
           step: larger than every step saved so far.
@@ -128,7 +133,7 @@ class Checkpoints:
 
         Raises:
           ValueError: a step that is not larger, a leaf or metadata that cannot be saved.
-          CheckpointError: the save before this one failed.
+          CheckpointError: the save before this one failed, or this one where it was waited for.
         """
         self._check_open(writing=True)
         if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
@@ -153,6 +158,8 @@ class Checkpoints:
             ),
             force=True,
         )
+        if _NO_THREADS_AT_EXIT:
+            self.wait()
 
     def steps(self) -> list[int]:
         """Steps that are complete or being written, in order; those found damaged are left out."""
