@@ -75,10 +75,11 @@ def check(config: Config) -> dict[str, int]:
             raise ValueError(f"{name}: expected at least 1, got {getattr(config, name)}")
     if config.prompt_length >= config.length:
         raise ValueError(f"prompt_length: expected less than length {config.length}")
-    ways = sizes.get("data", 1) * sizes.get("fsdp", 1) * config.microbatches
+    ways = math.prod(sizes.get(axis, 1) for axis in parallel.BATCH_AXES) * config.microbatches
     if config.rows % ways:
         raise ValueError(
-            f"rows: expected a multiple of data x fsdp x microbatches = {ways}, got {config.rows}"
+            f"rows: expected a multiple of data x fsdp x expert x microbatches = {ways}, "
+            f"got {config.rows}"
         )
     if config.rows % config.samples:
         raise ValueError(f"rows: expected a multiple of samples {config.samples}")

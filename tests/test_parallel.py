@@ -63,11 +63,11 @@ def test_spec_for():
     assert parallel.spec_for(("layers", "embed", "heads", "head_dim")) == P(
         None, "fsdp", "tensor", None
     )
-    assert parallel.spec_for(("batch", None)) == P(("data", "fsdp"), None)
+    assert parallel.spec_for(("batch", None)) == P(("data", "fsdp", "expert"), None)
     assert parallel.spec_for(()) == P()
     # One mesh axis once in a leaf: the first dimension that asks gets it.
     assert parallel.spec_for(("embed", "embed")) == P("fsdp", None)
-    assert parallel.spec_for(("embed", "batch")) == P("fsdp", "data")
+    assert parallel.spec_for(("embed", "batch")) == P("fsdp", ("data", "expert"))
     assert parallel.spec_for(("a",), {"a": "tensor"}) == P("tensor")
     with pytest.raises(ValueError, match="unknown logical axis 'width'"):
         parallel.spec_for(("embed", "width"))
@@ -220,7 +220,7 @@ def test_axes_that_do_not_divide_are_dropped_for_that_leaf_only(eight):
     assert eight["specs"] == {
         "a": "(None, 'tensor')",
         "b": "('fsdp',)",
-        "c": "('data',)",
+        "c": "(('data', 'expert'),)",
         "d": "()",
         "e": "()",
     }
@@ -244,7 +244,7 @@ def test_optimizer_state_follows_the_parameters(eight):
 
 def test_constrain_batch(eight):
     assert "['x'] of shape (12, 2) has 12 along dimension 0" in eight["uneven"]
-    assert "data x fsdp = 8" in eight["uneven"]
+    assert "data x fsdp x expert = 8" in eight["uneven"]
     assert eight["time_major"] == [[3, 1], True, 276.0]
 
 

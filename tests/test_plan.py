@@ -71,7 +71,10 @@ def test_bytes_held_and_sent(tmp_path):
         (["--mesh", "fsdp=-1"], "mesh: expected a size for every axis"),
         (["--mesh", ""], "mesh: expected a size for every axis"),
         (["--device", "abacus"], "device: expected one of a100-40"),
-        (["--rows", "100"], "rows: expected a multiple of data x fsdp x microbatches = 64"),
+        (
+            ["--rows", "100"],
+            "rows: expected a multiple of data x fsdp x expert x microbatches = 64",
+        ),
         (["--rows", "64", "--samples", "3"], "rows: expected a multiple of samples 3"),
         (["--length", "8", "--prompt-length", "8"], "prompt_length: expected less than length 8"),
         (["--microbatches", "0"], "microbatches: expected at least 1, got 0"),

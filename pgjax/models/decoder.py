@@ -254,7 +254,7 @@ class Decoder(nnx.Module):
                 return jax.lax.switch(kind, branches, *projected)
 
             module = nnx.merge(graphdef, self._gathered(state))
-            x, kept, routing = module(self._with_rows(x), attend, forced)
+            x, kept, routing = module(self._with_rows(x), attend, forced, self.mesh)
             return self._with_rows(x), (kept, routing)
 
         graphdef, states = nnx.split(self.layers)
@@ -310,7 +310,8 @@ class Decoder(nnx.Module):
                 state = jax.tree.map(functools.partial(_at, index=layer), states)
             else:
                 state = single[layer]
-            x, (new_keys, new_values), routing = nnx.merge(graphdef, state)(x, attend_here)
+            module = nnx.merge(graphdef, state)
+            x, (new_keys, new_values), routing = module(x, attend_here, mesh=self.mesh)
             if routing is not None:
                 chosen = jax.lax.dynamic_update_index_in_dim(chosen, routing[1], layer, 0)
             keys = (*keys[:array], new_keys, *keys[array + 1 :])

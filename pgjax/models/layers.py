@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from pgjax.models import decoding, functional, moe
@@ -190,7 +192,10 @@ class MoE(nnx.Module):
                 self.shared_router = kernel(config, rngs, (hidden,), ("embed",), fan_in=hidden)
 
     def __call__(
-        self, x: Float[Array, "*batch H"], experts: Int[Array, "*batch k"] | None
+        self,
+        x: Float[Array, "*batch H"],
+        experts: Int[Array, "*batch k"] | None,
+        mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "*batch H"], LayerRouting]:
         config, sizes = self.config, self.sizes
         rows = x.reshape(-1, x.shape[-1])
@@ -200,17 +205,21 @@ class MoE(nnx.Module):
         )
         if sizes.router_bias:
             logits += value(self.router_bias).astype(jnp.float32)
+        matrices = {name: value(getattr(self, name)) for name in ("gate", "up", "down")}
+        mixture: Any = moe.mixture
+        if mesh is not None and moe.spreads(mesh, x.shape[0], tuple(matrices.values())):
+            mixture = functools.partial(moe.spread_mixture, mesh=mesh)
+        else:
+            mesh = None
         if experts is None:
-            chosen = moe.choose(logits, sizes.experts_per_token)
+            chosen = moe.choose(logits, sizes.experts_per_token, mesh=mesh)
         else:
             chosen = experts.reshape(-1, sizes.experts_per_token)
-        out = moe.mixture(
+        out = mixture(
             rows,
             chosen,
             moe.routing_weights(logits, chosen, normalize=sizes.normalize_weights),
-            gate=value(self.gate),
-            up=value(self.up),
-            down=value(self.down),
+            **matrices,
             combine=lambda gate, up: functional.gated(config.activation, gate, up),
             biases=(value(self.gate_bias), value(self.up_bias), value(self.down_bias))
             if sizes.expert_bias
@@ -253,6 +262,7 @@ class Layer(nnx.Module):
         x: Float[Array, "*batch H"],
         attend: Attend,
         experts: Int[Array, "*batch k"] | None = None,
+        mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "*batch H"], Any, LayerRouting]:
         update, extra = self.attention(self._normed(x, "attention_norm"), attend)
         if self.config.post_norms:
@@ -263,7 +273,7 @@ class Layer(nnx.Module):
         if self.config.moe is None:
             update = self.mlp(normed)
         else:
-            update, routing = self.moe(normed, experts)
+            update, routing = self.moe(normed, experts, mesh)
         if self.config.post_norms:
             update = self._normed(update, "mlp_post_norm")
         return x + update, extra, routing

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pgjax.models.grouped import grouped_matmul
 from pgjax.models.quantization import QuantizedMatrix
 
 Weight = Any  # an array, a LowRank or a quantised matrix
@@ -157,12 +158,12 @@ def ragged_project(
     if group_sizes.shape != shape[:1]:
         raise ValueError(f"group_sizes: expected shape {shape[:1]}, got {group_sizes.shape}")
     if isinstance(weight, LowRank):
-        narrow = jax.lax.ragged_dot(x, weight.a.astype(x.dtype), group_sizes)
-        update = jax.lax.ragged_dot(narrow, weight.b.astype(x.dtype), group_sizes)
+        narrow = grouped_matmul(x, weight.a.astype(x.dtype), group_sizes)
+        update = grouped_matmul(narrow, weight.b.astype(x.dtype), group_sizes)
         product = _frozen_ragged_product(x, weight.base, group_sizes)
         return product + update * _scalar(weight.scaling, x)
     if isinstance(weight, jax.Array | np.ndarray):
-        return jax.lax.ragged_dot(x, jnp.asarray(weight, x.dtype), group_sizes)
+        return grouped_matmul(x, jnp.asarray(weight, x.dtype), group_sizes)
     return _frozen_ragged_product(x, weight, group_sizes)
 
 
@@ -189,7 +190,7 @@ def _frozen_product(x: Array, weight: Weight, in_axes: int) -> Array:
 def _frozen_ragged_product(x: Array, weight: Weight, group_sizes: Array) -> Array:
     def product(x: Array, weight: Weight, group_sizes: Array) -> Array:
         matrix = dense(jax.lax.stop_gradient(weight), x.dtype)
-        return jax.lax.ragged_dot(x, matrix, group_sizes)
+        return grouped_matmul(x, matrix, group_sizes)
 
     return jax.checkpoint(product, prevent_cse=False)(x, weight, group_sizes)
 

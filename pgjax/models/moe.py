@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from pgjax import _checks
 from pgjax.models import linear
+from pgjax.parallel.sharding import BATCH_AXES, row_ways
 from pgjax.types import pytree_dataclass
 
 
@@ -26,9 +30,19 @@ class Routing:
     experts: Int[Array, "L B T k"]
 
 
-def choose(logits: Float[Array, "*batch E"], k: int) -> Int[Array, "*batch k"]:
-    """The k experts with the largest logits, largest first; of equals the lower index first."""
-    return jax.lax.top_k(logits, k)[1]
+def choose(
+    logits: Float[Array, "*batch E"], k: int, *, mesh: Mesh | None = None
+) -> Int[Array, "*batch k"]:
+    """The k experts with the largest logits, largest first; of equals the lower index first.
+
+    With a mesh over which the first axis is spread, as `parallel.batch_sharding` has it, each
+    device chooses for its own rows; the compiler would gather the logits.
+    """
+    if mesh is None:
+        return jax.lax.top_k(logits, k)[1]
+    rows = PartitionSpec(BATCH_AXES)
+    own = functools.partial(choose, k=k)
+    return jax.shard_map(own, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(logits)
 
 
 def routing_weights(
@@ -60,12 +74,13 @@ def sort_by_expert(
 
     Returns:
       the order (choice j of token i counts as `i·k + j`), its inverse, and how many each expert
-      has. No choice is dropped, whatever the imbalance.
+      has. No choice is dropped, whatever the imbalance; those of no expert (`num_experts`) come
+      last.
     """
     flat = experts.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
-    sizes = jnp.zeros(num_experts, jnp.int32).at[flat].add(1)
+    sizes = jnp.zeros(num_experts, jnp.int32).at[flat].add(1, mode="drop")
     return order, inverse, sizes
 
 
@@ -84,7 +99,7 @@ def mixture(
 
     Args:
       x: tokens.
-      experts, weights: from `choose` and `routing_weights`.
+      experts, weights: from `choose` and `routing_weights`; `E` for no expert.
       gate, up: `[E, H, F]`.
       down: `[E, F, H]`.
       combine: `(gate, up) -> inner`, elementwise.
@@ -93,7 +108,7 @@ def mixture(
     num_experts, k = up.shape[0], experts.shape[1]
     order, inverse, sizes = sort_by_expert(experts, num_experts)
     rows = x[order // k]
-    chosen = experts.reshape(-1)[order]
+    chosen = jnp.minimum(experts.reshape(-1)[order], num_experts - 1)
 
     def project(rows: Array, weight: linear.Weight, index: int) -> Array:
         out = linear.ragged_project(rows, weight, sizes)
@@ -102,6 +117,87 @@ def mixture(
     inner = combine(project(rows, gate, 0), project(rows, up, 1))
     out = project(inner, down, 2)[inverse].reshape(*experts.shape, -1)
     return jnp.sum(out * weights[..., None].astype(out.dtype), axis=1)
+
+
+def spread_mixture(
+    x: Float[Array, "N H"],
+    experts: Int[Array, "N k"],
+    weights: Float[Array, "N k"],
+    *,
+    gate: Float[Array, "E H F"],
+    up: Float[Array, "E H F"],
+    down: Float[Array, "E F H"],
+    combine: Callable[[Array, Array], Array],
+    mesh: Mesh,
+    biases: tuple[Array, Array, Array] | None = None,
+) -> Float[Array, "N H"]:
+    """`mixture` of rows that are spread over `mesh`, each expert on its own devices.
+
+    The devices of an `expert` group gather one another's rows, compute what their experts add to
+    them, and each gets the sum of its own rows back: one all-gather and one reduce-scatter of the
+    rows, whatever the routing, and no limit to how many choose one expert. Inside an expert
+    `tensor` splits F, and the parts are added up.
+
+    Args:
+      x, experts, weights: N a multiple of `parallel.row_ways(mesh)`.
+      gate, up, down: arrays; E a multiple of the `expert` axis' size, F of `tensor`'s.
+      combine, biases: as for `mixture`.
+      mesh: from `parallel.make_mesh`.
+    """
+    ways = mesh.shape["expert"]
+    rows = PartitionSpec(BATCH_AXES)
+    into, out = PartitionSpec("expert", None, "tensor"), PartitionSpec("expert", "tensor")
+    spread_biases = PartitionSpec("expert", "tensor"), PartitionSpec("expert")
+
+    def local(x: Array, experts: Array, weights: Array, matrices: Any, biases: Any) -> Array:
+        if ways > 1:
+            x, experts, weights = (
+                jax.lax.all_gather(part, "expert", tiled=True) for part in (x, experts, weights)
+            )
+        gate, up, down = matrices
+        if biases is not None:  # the last one once, not once a part
+            first = jax.lax.axis_index("tensor") == 0
+            biases = (*biases[:2], jnp.where(first, biases[2], 0))
+        own = experts - jax.lax.axis_index("expert") * up.shape[0]
+        here = (own >= 0) & (own < up.shape[0])
+        added = mixture(
+            x,
+            jnp.where(here, own, up.shape[0]),
+            jnp.where(here, weights, 0),
+            gate=gate,
+            up=up,
+            down=down,
+            combine=combine,
+            biases=biases,
+        )
+        if ways > 1:
+            added = jax.lax.psum_scatter(added, "expert", tiled=True)
+        return jax.lax.psum(added, "tensor") if mesh.shape["tensor"] > 1 else added
+
+    mapped = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(
+            rows,
+            rows,
+            rows,
+            (into, into, out),
+            None if biases is None else (spread_biases[0], *spread_biases),
+        ),
+        out_specs=rows,
+        check_vma=False,
+    )
+    return mapped(x, experts, weights, (gate, up, down), biases)
+
+
+def spreads(mesh: Mesh, rows: int, matrices: Sequence[linear.Weight]) -> bool:
+    """Whether `spread_mixture` takes these rows and these gates, ups and downs."""
+    if mesh.size == 1 or rows % row_ways(mesh):
+        return False
+    if not all(isinstance(matrix, jax.Array) for matrix in matrices):
+        return False  # low-rank or quantised: left to the compiler
+    num_experts, _, inner = matrices[0].shape
+    return num_experts % mesh.shape["expert"] == 0 and inner % mesh.shape["tensor"] == 0
 
 
 def load_balancing_loss(

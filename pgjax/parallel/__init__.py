@@ -3,6 +3,7 @@
 from pgjax.parallel.mesh import AXES, make_mesh, parse_mesh
 from pgjax.parallel.program import Collective, collectives
 from pgjax.parallel.sharding import (
+    BATCH_AXES,
     DEFAULT_RULES,
     batch_sharding,
     constrain_batch,
@@ -17,6 +18,7 @@ from pgjax.parallel.sharding import (
 
 __all__ = [
     "AXES",
+    "BATCH_AXES",
     "DEFAULT_RULES",
     "Collective",
     "batch_sharding",

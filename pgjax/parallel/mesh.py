@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 AXES = ("data", "fsdp", "tensor", "expert")
 """`data` splits the batch; `fsdp` splits batch and parameters; `tensor` splits the inside of each
-layer; `expert` splits experts."""
+layer; `expert` splits batch and experts."""
 
 REST = -1
 

@@ -23,12 +23,13 @@ DEFAULT_RULES: Rules = MappingProxyType(
         "mlp": "tensor",
         "vocab": "tensor",
         "expert": "expert",
-        "batch": ("data", "fsdp"),
+        "batch": ("data", "fsdp", "expert"),
     }
 )
 """Mesh axes of each logical axis; None leaves it whole."""
 
-_BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp", "expert")
+"""Mesh axes that split the rows of a batch."""
 
 
 def _mesh_axes(rule: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -167,7 +168,7 @@ def gather(x: jax.Array, logical_axes: Sequence[str | None], mesh: Mesh) -> jax.
     Split over other axes of the mesh it stays as `DEFAULT_RULES` say.
     """
     rules = {
-        name: tuple(axis for axis in _mesh_axes(rule) if axis not in _BATCH_AXES)
+        name: tuple(axis for axis in _mesh_axes(rule) if axis not in ("data", "fsdp"))
         for name, rule in DEFAULT_RULES.items()
     }
     spec = _spec(logical_axes, rules, "logical_axes", mesh, x.shape)
@@ -176,7 +177,7 @@ def gather(x: jax.Array, logical_axes: Sequence[str | None], mesh: Mesh) -> jax.
 
 def row_ways(mesh: Mesh) -> int:
     """Into how many parts `batch_sharding` cuts a batch."""
-    return math.prod(mesh.shape[name] for name in _BATCH_AXES)
+    return math.prod(mesh.shape[name] for name in BATCH_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -185,7 +186,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
-    """The sharding of a batch: dimension `axis` over `data` and `fsdp`, the others whole.
+    """The sharding of a batch: dimension `axis` over `BATCH_AXES`, the others whole.
 
     Args:
       mesh: from `make_mesh`.
@@ -193,7 +194,7 @@ def batch_sharding(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
     """
     if axis < 0:
         raise ValueError(f"axis: expected at least 0, got {axis}")
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, _BATCH_AXES))
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXES))
 
 
 def shard(tree: Any, shardings: Any) -> Any:
@@ -274,7 +275,7 @@ def shard_like(tree: Any, params: Any, shardings: Any = None) -> Any:
 
 
 def constrain_batch(tree: Any, mesh: Mesh, *, axis: int = 0) -> Any:
-    """Tells the compiler that every array is split over `data` and `fsdp`; for use in `jit`.
+    """Tells the compiler that every array is split over `BATCH_AXES`; for use in `jit`.
 
     Args:
       tree: arrays with the batch along dimension `axis`; arrays of lower rank are replicated.
@@ -285,7 +286,7 @@ def constrain_batch(tree: Any, mesh: Mesh, *, axis: int = 0) -> Any:
       the same values.
 
     Raises:
-      ValueError: a batch dimension that `data` x `fsdp` does not divide, naming the leaf.
+      ValueError: a batch dimension that their sizes do not divide, naming the leaf.
     """
     ways = row_ways(mesh)
     along, whole = batch_sharding(mesh, axis=axis), replicated(mesh)
@@ -297,7 +298,7 @@ def constrain_batch(tree: Any, mesh: Mesh, *, axis: int = 0) -> Any:
         if shape[axis] % ways:
             raise ValueError(
                 f"tree: {_path(path)} of shape {shape} has {shape[axis]} along dimension {axis}, "
-                f"expected a multiple of data x fsdp = {ways}"
+                f"expected a multiple of {' x '.join(BATCH_AXES)} = {ways}"
             )
         return jax.lax.with_sharding_constraint(leaf, along)
 
