@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import devices
 import pytest
 
 from experiments import plan
@@ -62,6 +63,18 @@ def test_bytes_held_and_sent(tmp_path):
         sixteen["update"]["sent"]["all-gather, each layer"]
         == four["update"]["sent"]["all-gather, each layer"]
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+def test_memory_is_within_a_tenth_of_what_a_step_takes():
+    code = """
+        import dataclasses, json
+        from experiments.benchmarks import planner
+        print(json.dumps(dataclasses.asdict(planner.compared("float32"))))
+    """
+    row = devices.run(code, devices=1)
+    assert row["ratio"] < row["limit"] == 1.1, row
 
 
 @pytest.mark.parametrize(

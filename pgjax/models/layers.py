@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from pgjax.models import decoding, functional, moe
 from pgjax.models.config import DecoderConfig, MoEConfig
+from pgjax.parallel.sharding import row_ways
 
 # (query, key, value, sinks) -> (attended, whatever the caller wants back, such as a cache)
 Attend = Callable[[Array, Array, Array, Array | None], tuple[Array, Any]]
@@ -207,12 +208,14 @@ class MoE(nnx.Module):
             logits += value(self.router_bias).astype(jnp.float32)
         matrices = {name: value(getattr(self, name)) for name in ("gate", "up", "down")}
         mixture: Any = moe.mixture
-        if mesh is not None and moe.spreads(mesh, x.shape[0], tuple(matrices.values())):
-            mixture = functools.partial(moe.spread_mixture, mesh=mesh)
-        else:
+        if mesh is not None and mesh.size == 1:
             mesh = None
+        spread_rows = mesh is not None and x.shape[0] % row_ways(mesh) == 0
+        if mesh is not None and moe.spreads(mesh, tuple(matrices.values())):
+            mixture = functools.partial(moe.spread_mixture, mesh=mesh, spread_rows=spread_rows)
         if experts is None:
-            chosen = moe.choose(logits, sizes.experts_per_token, mesh=mesh)
+            own = mesh if spread_rows else None
+            chosen = moe.choose(logits, sizes.experts_per_token, mesh=own)
         else:
             chosen = experts.reshape(-1, sizes.experts_per_token)
         out = mixture(

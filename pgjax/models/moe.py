@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pgjax import _checks
 from pgjax.models import linear
-from pgjax.parallel.sharding import BATCH_AXES, row_ways
+from pgjax.parallel.sharding import BATCH_AXES
 from pgjax.types import pytree_dataclass
 
 
@@ -129,6 +129,7 @@ def spread_mixture(
     down: Float[Array, "E F H"],
     combine: Callable[[Array, Array], Array],
     mesh: Mesh,
+    spread_rows: bool = True,
     biases: tuple[Array, Array, Array] | None = None,
 ) -> Float[Array, "N H"]:
     """`mixture` of rows that are spread over `mesh`, each expert on its own devices.
@@ -139,18 +140,20 @@ def spread_mixture(
     `tensor` splits F, and the parts are added up.
 
     Args:
-      x, experts, weights: N a multiple of `parallel.row_ways(mesh)`.
+      x, experts, weights: as for `mixture`.
       gate, up, down: arrays; E a multiple of the `expert` axis' size, F of `tensor`'s.
       combine, biases: as for `mixture`.
       mesh: from `parallel.make_mesh`.
+      spread_rows: False: each device has all rows instead, as few as a step of decoding has.
     """
-    ways = mesh.shape["expert"]
-    rows = PartitionSpec(BATCH_AXES)
+    rows = PartitionSpec(BATCH_AXES) if spread_rows else PartitionSpec()
+    visiting = spread_rows and mesh.shape["expert"] > 1
+    parts = ("tensor",) if spread_rows else ("tensor", "expert")  # whose sums are still to come
     into, out = PartitionSpec("expert", None, "tensor"), PartitionSpec("expert", "tensor")
     spread_biases = PartitionSpec("expert", "tensor"), PartitionSpec("expert")
 
     def local(x: Array, experts: Array, weights: Array, matrices: Any, biases: Any) -> Array:
-        if ways > 1:
+        if visiting:
             x, experts, weights = (
                 jax.lax.all_gather(part, "expert", tiled=True) for part in (x, experts, weights)
             )
@@ -170,9 +173,9 @@ def spread_mixture(
             combine=combine,
             biases=biases,
         )
-        if ways > 1:
+        if visiting:
             added = jax.lax.psum_scatter(added, "expert", tiled=True)
-        return jax.lax.psum(added, "tensor") if mesh.shape["tensor"] > 1 else added
+        return jax.lax.psum(added, [axis for axis in parts if mesh.shape[axis] > 1])
 
     mapped = jax.shard_map(
         local,
@@ -190,12 +193,10 @@ def spread_mixture(
     return mapped(x, experts, weights, (gate, up, down), biases)
 
 
-def spreads(mesh: Mesh, rows: int, matrices: Sequence[linear.Weight]) -> bool:
-    """Whether `spread_mixture` takes these rows and these gates, ups and downs."""
-    if mesh.size == 1 or rows % row_ways(mesh):
-        return False
+def spreads(mesh: Mesh, matrices: Sequence[linear.Weight]) -> bool:
+    """Whether `spread_mixture` takes these gates, ups and downs."""
     if not all(isinstance(matrix, jax.Array) for matrix in matrices):
-        return False  # low-rank or quantised: left to the compiler
+        return False  # low-rank or quantised ones are left to the compiler
     num_experts, _, inner = matrices[0].shape
     return num_experts % mesh.shape["expert"] == 0 and inner % mesh.shape["tensor"] == 0
 
