@@ -25,10 +25,10 @@ from experiments.shared.matrix_problems import (
     Method,
     Problem,
     completion,
+    factors,
     logistic,
     quadratic,
 )
-from pgjax.optim import oracles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +43,15 @@ class Config:
     """problems, each with its own data and start"""
     steps: int | None = None
     """None: 1000, 600 and 600; at the paper's sizes 4000, 1500 and 1000"""
-    oracle: Literal["qdwh", "svd", "eigh", "polar_express"] = "qdwh"
-    """how polar factors are computed; eigh is the fastest here, and exact enough for gradients
-    whose condition number stays below 1e6"""
+    oracle: Literal["qdwh", "qdwh_2", "svd", "eigh", "polar_express"] = "qdwh"
+    """how polar factors are computed; qdwh_2: two steps in float32 as in the published figures,
+    exact for Muon; eigh is the fastest here, and exact enough for gradients whose condition number
+    stays below 1e6"""
+    around: tuple[float, ...] = ()
+    """multiples of their published steps at which the logistic problem's methods are tried, 1 among
+    them; none: 0.1, 0.3, 1 and 3, at the published size 1"""
+    only: tuple[str, ...] = ()
+    """of the logistic problem, methods of these names alone, PolarSGD and Muon among them"""
     quick: bool = False
     """two seeds and 120 steps, to see that it runs"""
     out: str = "results/polar_grad"
@@ -240,9 +246,17 @@ def run(config: Config) -> reproduction.Findings:
     """Solves one problem by every method and compares their ends."""
     if config.seeds < 2:
         raise ValueError(f"seeds: expected at least 2, got {config.seeds}")
+    if config.problem != "logistic" and (config.around or config.only):
+        raise ValueError(f"around, only: of the logistic problem, not of the {config.problem}")
+    if config.only and not {"PolarSGD", "Muon"} <= set(config.only):
+        raise ValueError(f"only: expected PolarSGD and Muon among them, got {config.only}")
+    if config.around and 1 not in config.around:
+        raise ValueError(f"around: expected 1 among them, got {config.around}")
     build, judge, measured = PROBLEMS[config.problem]
     with jax.enable_x64(True):
-        problem = build(config.size == "paper", oracles.polar(config.oracle))
+        more = {"around": config.around} if config.around else {}
+        problem = build(config.size == "paper", factors(config.oracle), **more)
+        chosen = [n for n in problem.methods if not config.only or n.split(" @")[0] in config.only]
         every = 20
         steps = config.steps or problem.steps
         seeds = config.seeds
@@ -253,7 +267,7 @@ def run(config: Config) -> reproduction.Findings:
         begun = start(problem, seeds)
         found = {
             name: solve(begun, problem.methods[name], steps, every)
-            for name in reproduction.track(problem.methods)
+            for name in reproduction.track(chosen)
         }
     table = {
         name: {

@@ -108,8 +108,8 @@ EIGHT_DEVICES = """
         value, gradient = program(alone)(params, tokens)
         few = program(alone)(params, tokens[:6])[0]
         text = greedy(alone, params, tokens)
-        for spec in ("data=8", "fsdp=8", "expert=4,data=2", "expert=8", "tensor=4,expert=2",
-                     "fsdp=2,tensor=2,expert=2"):
+        specs = ["expert=4,data=2", "tensor=4,expert=2", "fsdp=2,tensor=2,expert=2"]
+        for spec in specs if bias else ["data=8", "fsdp=8", "expert=8", *specs]:
             mesh = parallel.make_mesh(spec)
             decoder = pg.models.FunctionalDecoder(config, mesh)
             places = parallel.shardings(decoder.logical_axes(), mesh, shapes=params)
@@ -128,6 +128,26 @@ EIGHT_DEVICES = """
             fewer, _ = program(decoder)(spread, tokens[:6])  # most do not divide these
             out["value"][name + ", few"] = abs(float(fewer - few))
             out["greedy"][name] = bool((greedy(decoder, spread, rows) == text).all())
+    frozen = pg.models.quantization.int8(params, targets=["layers/moe/*"])
+    adapters = pg.models.lora.init(params, jax.random.key(2), rank=2, alpha=4.0)
+    adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+
+    def adapted(decoder):
+        def loss(adapters, base, tokens):
+            return jnp.mean(jnp.sin(decoder.apply(pg.models.lora.attach(base, adapters), tokens)))
+        return jax.jit(jax.value_and_grad(loss))
+
+    out["adapted"] = {}
+    for name, base in (("arrays", params), ("int8", frozen)):
+        value, gradient = adapted(alone)(adapters, base, tokens)
+        for spec in ("expert=4,data=2", "fsdp=2,tensor=2,expert=2"):
+            mesh = parallel.make_mesh(spec)
+            decoder = pg.models.FunctionalDecoder(config, mesh)
+            got, slope = adapted(decoder)(adapters, base, tokens)
+            errors = jax.tree.leaves(jax.tree.map(
+                lambda a, b: float(jnp.max(jnp.abs(a - b))), slope, gradient))
+            size = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(gradient))
+            out["adapted"][f"{name}, {spec}"] = [abs(float(got - value)), max(errors) / size]
     print(json.dumps(out))
 """
 
@@ -138,9 +158,14 @@ def eight():
 
 
 def test_experts_on_their_own_devices_change_nothing(eight):
-    assert len(eight["value"]) == 24
+    assert len(eight["value"]) == 18
     np.testing.assert_array_less(list(eight["value"].values()), 1e-6)
     np.testing.assert_array_less(list(eight["gradient"].values()), 1e-5)
+
+
+def test_adapters_and_quantised_experts_are_spread_too(eight):
+    assert len(eight["adapted"]) == 4
+    np.testing.assert_array_less(list(eight["adapted"].values()), 1e-5)
 
 
 def test_greedy_text_is_the_same_on_every_mesh(eight):

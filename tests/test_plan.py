@@ -20,10 +20,16 @@ LLAMA = {
     "tie_word_embeddings": False, "hidden_act": "silu",
 }  # fmt: skip
 
+MIXTURE = {
+    **LLAMA, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "head_dim": 8,
+    "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+}  # fmt: skip
 
-def planned(directory, mesh, rows):
+
+def planned(directory, mesh, rows, model=LLAMA):
     (directory / "tiny").mkdir(exist_ok=True)
-    (directory / "tiny" / "config.json").write_text(json.dumps(LLAMA))
+    (directory / "tiny" / "config.json").write_text(json.dumps(model))
     arguments = [
         "--model", str(directory / "tiny"), "--mesh", mesh, "--rows", str(rows), "--length", "16",
         "--prompt-length", "4", "--samples", "2", "--dtype", "float32", "--out", str(directory),
@@ -63,6 +69,18 @@ def test_bytes_held_and_sent(tmp_path):
         sixteen["update"]["sent"]["all-gather, each layer"]
         == four["update"]["sent"]["all-gather, each layer"]
     )
+
+
+def test_experts_stay_on_their_devices(tmp_path):
+    found = planned(tmp_path, "fsdp=2,expert=4", 16, MIXTURE)
+    expert = 3 * 32 * 16
+    attention = 32 * (32 + 2 * 16) + 32 * 32 + 2 * 32 + 2 * 8  # and the layer's norms
+    layer = 8 * expert + 32 * 8 + attention
+    assert found["parameters"] == 3 * layer + 2 * 128 * 32 + 32
+    assert found["update"]["exact"] and found["decode"]["exact"]
+    assert not any("all-to-all" in kind for kind in found["update"]["sent"])
+    # Eight rows of 16 tokens visit a device's two experts: far from all experts' matrices.
+    assert found["update"]["memory"]["temporary"] < 4 * 16 * 16 * 32 * 8 * 3
 
 
 @pytest.mark.slow

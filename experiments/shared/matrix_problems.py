@@ -1,10 +1,12 @@
 """The three matrix problems of PolarGrad, and every method of its figures with its steps.
 
-Source: Lau, Long and Su, arXiv 2505.21799. Steps at the published sizes are the published ones;
-PolarGrad without momentum on the quadratic has the one published for exact polar factors, 3e-8,
-since 4e-8 is for two steps of QDWH, which are far from one, and diverges otherwise. At small sizes
-those of PolarGrad on the quadratic are multiples of 1/(L r), L its smoothness and r the rank, and
-those of the completion scale with the observed entries.
+Source: Lau, Long and Su, arXiv 2505.21799, and the authors' scripts. Steps at the published sizes
+are the published ones. Those scripts take two steps of QDWH in float32 for PolarGrad's factors,
+which leave singular values between .7 and 1, and five for Muon's, which are exact;
+`factors("qdwh_2")` does so too. With exact factors PolarGrad without momentum on the quadratic has
+the step published for those, 3e-8; 4e-8 diverges then. At small sizes steps of PolarGrad on the
+quadratic are multiples of 1/(L r), L its smoothness and r the rank, and those of the completion
+scale with the observed entries.
 """
 
 from __future__ import annotations
@@ -18,9 +20,31 @@ import optax
 from jaxtyping import Array
 
 import pgjax as pg
-from pgjax.optim import MatrixSpec, Oracle
+from pgjax.optim import MatrixSpec, Oracle, oracles
 
 PROVEN = "PolarGrad at 1/(L r)"
+
+
+class Factors(NamedTuple):
+    """Oracles for PolarGrad and for Muon; `published`: PolarGrad's are those of the figures."""
+
+    polar: Oracle
+    exact: Oracle
+    published: bool = False
+
+
+def factors(name: str) -> Factors:
+    """By a method of `pgjax.optim.polar`, for both, or by `qdwh_2`."""
+    if name != "qdwh_2":
+        oracle = oracles.polar(name)
+        return Factors(oracle, oracle)
+    two_steps = oracles.polar("qdwh", steps=2)
+
+    def direction(w: Array) -> Array:
+        unit = w / jnp.maximum(jnp.linalg.norm(w, axis=(-2, -1), keepdims=True), 1e-300)
+        return two_steps(unit.astype(jnp.float32)).astype(w.dtype)  # its ε is where QDWH begins
+
+    return Factors(Oracle(direction, transposes=True), oracles.polar("qdwh"), published=True)
 
 
 class Method(NamedTuple):
@@ -52,8 +76,9 @@ def polar(oracle: Oracle, rate: Any, beta: float = 0.0, order: str = "momentum_f
     return optax.chain(scaled, optax.scale_by_learning_rate(rate))
 
 
-def muon(rate: Any) -> optax.GradientTransformation:
-    scaled = pg.optim.scale_by_muon(shape="none", specs=_specs)
+def muon(rate: Any, oracle: Oracle | None = None) -> optax.GradientTransformation:
+    """With Keller's Newton-Schulz iteration, or another oracle."""
+    scaled = pg.optim.scale_by_muon(shape="none", oracle=oracle, specs=_specs)
     return optax.chain(scaled, optax.scale_by_learning_rate(rate))
 
 
@@ -66,7 +91,7 @@ def uniform(key: Array, shape: tuple[int, int]) -> Array:
     return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
 
 
-def quadratic(paper: bool, oracle: Oracle) -> Problem:
+def quadratic(paper: bool, factors: Factors) -> Problem:
     m, n, p, q = (500, 100, 1000, 250) if paper else (50, 10, 100, 25)
 
     def init(key: Array) -> tuple[Any, Any]:
@@ -84,24 +109,32 @@ def quadratic(paper: bool, oracle: Oracle) -> Problem:
     def gap(params: Any, data: Any) -> Array:
         return 0.5 * jnp.sum((data["r"] @ (params["x"] - data["best"]) @ data["s"].T) ** 2)
 
-    # 3.56e-8 to 3e-8 is 4.75e-8 to 4e-8, as published.
+    # Published for exact factors is 3e-8 alone; 3.56e-8 is to it as 4.75e-8 to 4e-8.
+    usual, falling = (4e-8, 4.75e-8) if factors.published else (3e-8, 3.56e-8)
+
     def rate(units: float, published: float) -> float:
         return published if paper else units / min(m, n)
 
     def later(rate: Any) -> Any:
-        return polar(oracle, rate, 0.95, "polar_first")
+        return polar(factors.polar, rate, 0.95, "polar_first")
 
     own, slow = not paper, 0.99
     methods = {
-        "PolarGrad": Method(polar(oracle, rate(3, 3e-8)), own),
-        PROVEN: Method(polar(oracle, 1 / min(m, n)), units=True),
-        "PolarGrad, decayed": Method(polar(oracle, decayed(rate(3.5, 3.56e-8), slow)), own),
-        "PolarGradM": Method(polar(oracle, rate(6, 2e-7), 0.9), own),
-        "PolarGradM, decayed": Method(polar(oracle, decayed(rate(7.5, 2.5e-7), slow), 0.9), own),
+        "PolarGrad": Method(polar(factors.polar, rate(3, usual)), own),
+        PROVEN: Method(polar(factors.exact, 1 / min(m, n)), units=True),
+        "PolarGrad, decayed": Method(polar(factors.polar, decayed(rate(3.5, falling), slow)), own),
+        "PolarGradM": Method(polar(factors.polar, rate(6, 2e-7), 0.9), own),
+        "PolarGradM, decayed": Method(
+            polar(factors.polar, decayed(rate(7.5, 2.5e-7), slow), 0.9), own
+        ),
         "PolarGradM, polar first": Method(later(rate(10, 4e-7)), own),
         "PolarGradM, polar first, decayed": Method(later(decayed(rate(12.5, 5e-7), slow)), own),
         "Muon": Method(muon(0.1)),
+        "Muon, exact": Method(muon(0.1, factors.exact)),
         "Muon, decayed": Method(muon(decayed(0.05 if paper else 0.1, slow if paper else 0.9))),
+        "Muon, exact, decayed": Method(
+            muon(decayed(0.05 if paper else 0.1, slow if paper else 0.9), factors.exact)
+        ),
         "Adam": Method(optax.adam(0.05)),
         "Adam, decayed": Method(optax.adam(decayed(0.05, slow))),
         "gradient descent": Method(optax.sgd(1.0), units=True),
@@ -117,7 +150,7 @@ def quadratic(paper: bool, oracle: Oracle) -> Problem:
     )
 
 
-def logistic(paper: bool, oracle: Oracle) -> Problem:
+def logistic(paper: bool, factors: Factors, around: tuple[float, ...] | None = None) -> Problem:
     count, m, n, q, batch = (10_000, 1000, 100, 400, 1000) if paper else (1000, 50, 10, 40, 200)
 
     def init(key: Array) -> tuple[Any, Any]:
@@ -141,22 +174,32 @@ def logistic(paper: bool, oracle: Oracle) -> Problem:
     def fast(rate: float) -> optax.Schedule:
         return decayed(rate, 0.95)
 
-    # Every method has the same factors around its published step, and its best is compared.
+    # Every method has the same multiples of its published step, and its best is compared.
     base = (1.5e-7, 2.5e-7, 0.1, 5e-3) if paper else (1e-5, 1e-5, 0.1, 5e-3)
-    factors = (1.0,) if paper else (0.1, 0.3, 1.0, 3.0)
+    around = around or ((1.0,) if paper else (0.1, 0.3, 1.0, 3.0))
     methods: dict[str, Method] = {}
-    for f in factors:
+    for f in around:
         methods |= {
-            f"PolarSGD @{base[0] * f:g}": Method(polar(oracle, base[0] * f)),
+            f"PolarSGD @{base[0] * f:g}": Method(polar(factors.polar, base[0] * f)),
             f"PolarSGD, decayed @{base[0] * f * 5 / 3:.2g}": Method(
-                polar(oracle, fast(base[0] * f * 5 / 3))
+                polar(factors.polar, fast(base[0] * f * 5 / 3))
             ),
-            f"PolarSGDM @{base[1] * f:g}": Method(polar(oracle, base[1] * f, 0.95)),
+            f"PolarSGDM @{base[1] * f:g}": Method(polar(factors.polar, base[1] * f, 0.9)),
+            f"PolarSGDM, decayed @{base[1] * f:g}": Method(
+                polar(factors.polar, fast(base[1] * f), 0.9)
+            ),
             f"PolarSGDM, polar first @{base[1] * f:g}": Method(
-                polar(oracle, base[1] * f, 0.95, "polar_first")
+                polar(factors.polar, base[1] * f, 0.95, "polar_first")
+            ),
+            f"PolarSGDM, polar first, decayed @{base[1] * f:g}": Method(
+                polar(factors.polar, fast(base[1] * f), 0.95, "polar_first")
             ),
             f"Muon @{base[2] * f:g}": Method(muon(base[2] * f)),
+            f"Muon, exact @{base[2] * f:g}": Method(muon(base[2] * f, factors.exact)),
             f"Muon, decayed @{base[2] * f * 2:g}": Method(muon(fast(base[2] * f * 2))),
+            f"Muon, exact, decayed @{base[2] * f * 2:g}": Method(
+                muon(fast(base[2] * f * 2), factors.exact)
+            ),
             f"Adam @{base[3] * f:g}": Method(optax.adam(base[3] * f)),
             f"Adam, decayed @{base[3] * f * 2:g}": Method(optax.adam(fast(base[3] * f * 2))),
         }
@@ -165,7 +208,7 @@ def logistic(paper: bool, oracle: Oracle) -> Problem:
     )
 
 
-def completion(paper: bool, oracle: Oracle) -> Problem:
+def completion(paper: bool, factors: Factors) -> Problem:
     m, n, rank = (500, 250, 5) if paper else (100, 50, 3)
 
     def init(key: Array) -> tuple[Any, Any]:
@@ -183,25 +226,27 @@ def completion(paper: bool, oracle: Oracle) -> Problem:
     unit = 1.0 if paper else entries / 37_500  # the gradient of a mean shrinks with the entries
 
     def later(rate: float) -> Any:
-        return polar(oracle, rate, 0.5, "polar_first")
+        return polar(factors.polar, rate, 0.5, "polar_first")
 
     def fast(rate: float) -> optax.Schedule:
         return decayed(rate, 0.95)
 
     methods = {
-        "PolarGrad": Method(polar(oracle, 50 * unit)),
-        "PolarGrad, decayed": Method(polar(oracle, fast(50 * unit))),
-        "PolarGradM": Method(polar(oracle, 50 * unit, 0.5)),
+        "PolarGrad": Method(polar(factors.polar, 50 * unit)),
+        "PolarGrad, decayed": Method(polar(factors.polar, fast(50 * unit))),
+        "PolarGradM": Method(polar(factors.polar, 50 * unit, 0.5)),
         "PolarGradM, polar first": Method(later(100 * unit)),
         "Muon": Method(muon(0.25)),
+        "Muon, exact": Method(muon(0.25, factors.exact)),
         "Muon, decayed": Method(muon(fast(0.25))),
+        "Muon, exact, decayed": Method(muon(fast(0.25), factors.exact)),
         "Adam": Method(optax.adam(0.05)),
         "Adam, decayed": Method(optax.adam(fast(0.05))),
         "gradient descent": Method(optax.sgd(50 * unit)),
     }
     if not paper:  # the published step is small here: both also at four times it
         methods |= {
-            "PolarGrad, 4 times": Method(polar(oracle, 200 * unit)),
+            "PolarGrad, 4 times": Method(polar(factors.polar, 200 * unit)),
             "gradient descent, 4 times": Method(optax.sgd(200 * unit)),
         }
     return Problem(

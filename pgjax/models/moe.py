@@ -124,9 +124,9 @@ def spread_mixture(
     experts: Int[Array, "N k"],
     weights: Float[Array, "N k"],
     *,
-    gate: Float[Array, "E H F"],
-    up: Float[Array, "E H F"],
-    down: Float[Array, "E F H"],
+    gate: linear.Weight,
+    up: linear.Weight,
+    down: linear.Weight,
     combine: Callable[[Array, Array], Array],
     mesh: Mesh,
     spread_rows: bool = True,
@@ -137,20 +137,25 @@ def spread_mixture(
     The devices of an `expert` group gather one another's rows, compute what their experts add to
     them, and each gets the sum of its own rows back: one all-gather and one reduce-scatter of the
     rows, whatever the routing, and no limit to how many choose one expert. Inside an expert
-    `tensor` splits F, and the parts are added up.
+    `tensor` splits F, and the parts are added up; low-rank and quantised weights it leaves whole.
 
     Args:
       x, experts, weights: as for `mixture`.
-      gate, up, down: arrays; E a multiple of the `expert` axis' size, F of `tensor`'s.
+      gate, up, down: as for `mixture`, such that `spreads`.
       combine, biases: as for `mixture`.
       mesh: from `parallel.make_mesh`.
       spread_rows: False: each device has all rows instead, as few as a step of decoding has.
     """
     rows = PartitionSpec(BATCH_AXES) if spread_rows else PartitionSpec()
     visiting = spread_rows and mesh.shape["expert"] > 1
-    parts = ("tensor",) if spread_rows else ("tensor", "expert")  # whose sums are still to come
-    into, out = PartitionSpec("expert", None, "tensor"), PartitionSpec("expert", "tensor")
-    spread_biases = PartitionSpec("expert", "tensor"), PartitionSpec("expert")
+    split = mesh.shape["tensor"] > 1 and all(isinstance(w, jax.Array) for w in (gate, up, down))
+    inner = "tensor" if split else None
+    # Whose sums are still to come.
+    parts = ("tensor",) * split + ("expert",) * (not spread_rows)
+    into, out = PartitionSpec("expert", None, inner), PartitionSpec("expert", inner)
+    if not split:
+        into = out = PartitionSpec("expert")  # of every array of what stands for a matrix
+    spread_biases = PartitionSpec("expert", inner), PartitionSpec("expert")
 
     def local(x: Array, experts: Array, weights: Array, matrices: Any, biases: Any) -> Array:
         if visiting:
@@ -158,7 +163,7 @@ def spread_mixture(
                 jax.lax.all_gather(part, "expert", tiled=True) for part in (x, experts, weights)
             )
         gate, up, down = matrices
-        if biases is not None:  # the last one once, not once a part
+        if biases is not None and split:  # the last one once, not once a part
             first = jax.lax.axis_index("tensor") == 0
             biases = (*biases[:2], jnp.where(first, biases[2], 0))
         own = experts - jax.lax.axis_index("expert") * up.shape[0]
@@ -175,7 +180,7 @@ def spread_mixture(
         )
         if visiting:
             added = jax.lax.psum_scatter(added, "expert", tiled=True)
-        return jax.lax.psum(added, [axis for axis in parts if mesh.shape[axis] > 1])
+        return jax.lax.psum(added, parts)
 
     mapped = jax.shard_map(
         local,
@@ -194,11 +199,12 @@ def spread_mixture(
 
 
 def spreads(mesh: Mesh, matrices: Sequence[linear.Weight]) -> bool:
-    """Whether `spread_mixture` takes these gates, ups and downs."""
-    if not all(isinstance(matrix, jax.Array) for matrix in matrices):
-        return False  # low-rank or quantised ones are left to the compiler
-    num_experts, _, inner = matrices[0].shape
-    return num_experts % mesh.shape["expert"] == 0 and inner % mesh.shape["tensor"] == 0
+    """Whether `spread_mixture` takes these gates, ups and downs: the axes divide E and F."""
+    experts, _, inner = matrices[0].shape
+    whole = all(x.shape[0] == experts for x in jax.tree.leaves(list(matrices)))
+    arrays = all(isinstance(matrix, jax.Array) for matrix in matrices)
+    divided = not arrays or inner % mesh.shape["tensor"] == 0
+    return whole and divided and experts % mesh.shape["expert"] == 0
 
 
 def load_balancing_loss(
