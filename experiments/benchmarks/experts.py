@@ -6,9 +6,7 @@ turn, given as ratios (ours / theirs); memory is the compiled programs' temporar
 
 from __future__ import annotations
 
-import argparse
 import functools
-import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -99,14 +97,7 @@ def rows(*, groups: tuple[int, ...] = (8, 32, 128), runs: int = 3) -> list[harne
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.benchmarks.experts", description=__doc__
-    )
-    parser.add_argument("--out", type=pathlib.Path, help="also write the rows to this JSON file")
-    options = parser.parse_args(arguments)
-    device = jax.devices()[0]
-    print(f"jax {jax.__version__}, {device.platform}: {device.device_kind}")
-    return harness.finish(rows(), options.out, device.device_kind)
+    return harness.main("experts", __doc__, rows, arguments)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import pathlib
@@ -93,3 +94,17 @@ def finish(rows: list[Row], out: pathlib.Path | None, device: str) -> int:
         out.write_text(to_json(rows, device) + "\n")
         print(f"  {out}")
     return 1 if missed else 0
+
+
+def main(
+    name: str, description: str | None, rows: Callable[[], list[Row]], arguments: list[str] | None
+) -> int:
+    """The command line of a benchmark without options of its own."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m experiments.benchmarks.{name}", description=description
+    )
+    parser.add_argument("--out", type=pathlib.Path, help="also write the rows to this JSON file")
+    options = parser.parse_args(arguments)
+    device = jax.devices()[0]
+    print(f"jax {jax.__version__}, {device.platform}: {device.device_kind}")
+    return finish(rows(), options.out, device.device_kind)
