@@ -31,7 +31,13 @@ def empty_caches():
 
 SLOW_FILES = ("test_experiments_", "test_pretrained_live")
 SLOW_TESTS = ("killed_ten_times",)
-WHOLE_PROGRAMS = ("test_notebooks", "test_optim_sharded", "test_plan", "test_program")
+WHOLE_PROGRAMS = (
+    "test_experts",
+    "test_notebooks",
+    "test_optim_sharded",
+    "test_plan",
+    "test_program",
+)
 BRIEF = 6
 
 

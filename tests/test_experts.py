@@ -127,7 +127,8 @@ EIGHT_DEVICES = """
                 if c.in_loop]
             fewer, _ = program(decoder)(spread, tokens[:6])  # most do not divide these
             out["value"][name + ", few"] = abs(float(fewer - few))
-            out["greedy"][name] = bool((greedy(decoder, spread, rows) == text).all())
+            if bias:
+                out["greedy"][name] = bool((greedy(decoder, spread, rows) == text).all())
     frozen = pg.models.quantization.int8(params, targets=["layers/moe/*"])
     adapters = pg.models.lora.init(params, jax.random.key(2), rank=2, alpha=4.0)
     adapters = jax.tree.map(lambda x: x + 0.1, adapters)
@@ -138,16 +139,14 @@ EIGHT_DEVICES = """
         return jax.jit(jax.value_and_grad(loss))
 
     out["adapted"] = {}
-    for name, base in (("arrays", params), ("int8", frozen)):
+    for spec, base in (("expert=4,data=2", params), ("fsdp=2,tensor=2,expert=2", frozen)):
         value, gradient = adapted(alone)(adapters, base, tokens)
-        for spec in ("expert=4,data=2", "fsdp=2,tensor=2,expert=2"):
-            mesh = parallel.make_mesh(spec)
-            decoder = pg.models.FunctionalDecoder(config, mesh)
-            got, slope = adapted(decoder)(adapters, base, tokens)
-            errors = jax.tree.leaves(jax.tree.map(
-                lambda a, b: float(jnp.max(jnp.abs(a - b))), slope, gradient))
-            size = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(gradient))
-            out["adapted"][f"{name}, {spec}"] = [abs(float(got - value)), max(errors) / size]
+        decoder = pg.models.FunctionalDecoder(config, parallel.make_mesh(spec))
+        got, slope = adapted(decoder)(adapters, base, tokens)
+        errors = jax.tree.leaves(jax.tree.map(
+            lambda a, b: float(jnp.max(jnp.abs(a - b))), slope, gradient))
+        size = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(gradient))
+        out["adapted"][spec] = [abs(float(got - value)), max(errors) / size]
     print(json.dumps(out))
 """
 
@@ -164,12 +163,12 @@ def test_experts_on_their_own_devices_change_nothing(eight):
 
 
 def test_adapters_and_quantised_experts_are_spread_too(eight):
-    assert len(eight["adapted"]) == 4
+    assert len(eight["adapted"]) == 2
     np.testing.assert_array_less(list(eight["adapted"].values()), 1e-5)
 
 
 def test_greedy_text_is_the_same_on_every_mesh(eight):
-    assert all(eight["greedy"].values()), eight["greedy"]
+    assert len(eight["greedy"]) == 3 and all(eight["greedy"].values()), eight["greedy"]
 
 
 def test_rows_visit_the_experts_and_come_back_once_a_pass(eight):

@@ -31,7 +31,20 @@ def grouped_matmul(
 
     Returns:
       `[N, out]`. Reverse-mode derivatives only, except on TPUs.
+
+    Raises:
+      ValueError: shapes that do not fit.
     """
+    if (
+        x.ndim != 2
+        or weights.ndim != 3
+        or x.shape[1] != weights.shape[1]
+        or sizes.shape != weights.shape[:1]
+    ):
+        raise ValueError(
+            "weights: expected shapes [N, in], [E, in, out] and [E] of rows, weights and sizes, "
+            f"got {x.shape}, {weights.shape} and {sizes.shape}"
+        )
     if jax.default_backend() == "tpu":
         return jax.lax.ragged_dot(x, weights, sizes)
     return _grouped(x, weights, sizes)

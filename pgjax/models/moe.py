@@ -155,7 +155,7 @@ def spread_mixture(
     into, out = PartitionSpec("expert", None, inner), PartitionSpec("expert", inner)
     if not split:
         into = out = PartitionSpec("expert")  # of every array of what stands for a matrix
-    spread_biases = PartitionSpec("expert", inner), PartitionSpec("expert")
+    inner_bias, outer_bias = PartitionSpec("expert", inner), PartitionSpec("expert")
 
     def local(x: Array, experts: Array, weights: Array, matrices: Any, biases: Any) -> Array:
         if visiting:
@@ -190,7 +190,7 @@ def spread_mixture(
             rows,
             rows,
             (into, into, out),
-            None if biases is None else (spread_biases[0], *spread_biases),
+            None if biases is None else (inner_bias, inner_bias, outer_bias),
         ),
         out_specs=rows,
         check_vma=False,
