@@ -29,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    report.print_report(settings, result)
+    if result is not None:
+        report.print_report(settings, result)
     return 0
 
 

@@ -95,6 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
             for reward in rewards:
                 rich.print(f"[bold]seed {seed}, reward {reward}")
                 result = run(run_config(config, seed, reward))
+                assert result is not None  # this process is alone
                 after[reward][seed] = result.after[LEVEL].average
                 before[seed] = result.before[LEVEL].average
     except pg.train.Interrupted as stop:

@@ -838,16 +838,27 @@ def test_a_restored_loader_continues_exactly(listed, make):
                 np.testing.assert_array_equal(got[name], batch[name])
 
 
-def test_shards_partition_the_global_order(listed):
+@pytest.mark.parametrize("prompt_length", [12, tuple(range(5, 13))])
+def test_shards_of_a_batch_are_its_parts_in_order(listed, prompt_length):
+    options = {"prompt_length": prompt_length, "levels": (1, 2, 3)}
     whole, parts = (
-        _prompts(listed, num_prompts=10),
-        [_prompts(listed, num_prompts=5, shard_index=i, shard_count=2) for i in range(2)],
+        _prompts(listed, num_prompts=3, **options),
+        [
+            _prompts(listed, num_prompts=1, shard_index=i, shard_count=3, **options)
+            for i in range(3)
+        ],
     )
+    widths = set()
     for _ in range(9):
-        ids = next(whole)["ids"]
-        np.testing.assert_array_equal(
-            np.stack([next(p)["ids"] for p in parts], axis=1).reshape(-1), ids
-        )
+        batch, shares = next(whole), [next(part) for part in parts]
+        widths.add(batch["prompts"].shape[1])
+        for name, value in batch.items():
+            np.testing.assert_array_equal(np.concatenate([s[name] for s in shares]), value)
+    assert (len(widths) > 1) == isinstance(prompt_length, tuple)
+    # A position is the same for all, and for another number of shards.
+    other = _prompts(listed, num_prompts=3, **options)
+    other.set_state(parts[0].get_state())
+    np.testing.assert_array_equal(next(other)["ids"], next(whole)["ids"])
 
 
 def test_demonstrations_mix_responses_item_by_item(listed):

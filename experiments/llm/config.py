@@ -6,6 +6,7 @@ import dataclasses
 import pathlib
 from typing import Literal
 
+from experiments.shared import runs
 from experiments.shared.objectives import AggregateName, ObjectiveName
 from experiments.shared.optimizers import OptimizerName
 
@@ -138,6 +139,7 @@ class Common:
     """Of adapters, data order and sampling."""
     mesh: str = ""
     """Devices by axis, such as data=2,fsdp=4; default: all devices along data."""
+    processes: runs.Processes = runs.ALONE
     checkpoint_every: int = 20
     """Steps between checkpoints."""
     show_every: int = 20

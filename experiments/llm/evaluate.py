@@ -44,13 +44,15 @@ def graded(
             stop_tokens=policy.stop_tokens,
             pad_token=policy.pad,
         )
-        tokens, mask = np.asarray(out.tokens), np.asarray(out.mask)
+        tokens, mask = pg.parallel.fetch((out.tokens, out.mask))
         texts = [
             chat.decode(policy.tokenizer, row[kept].tolist())
             for row, kept in zip(tokens, mask, strict=True)
         ]
         references = np.repeat(np.array(batch["references"], object), samples)
-        scores, _ = verifier.grade_batch(texts, references.tolist())
+        scores = pg.parallel.on_first(
+            lambda: verifier.grade_batch(texts, references.tolist())[0].tolist()  # noqa: B023
+        )
         right = np.asarray(scores).reshape(-1, samples) > 0.5
         stated = [math_answers.extract_final(text) for text in texts]
         values, ok, reference = numbered(stated, right)

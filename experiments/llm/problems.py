@@ -93,6 +93,8 @@ def demonstrations(
     lengths: tuple[int, ...],
     batch_size: int,
     seed: int,
+    shard_index: int = 0,
+    shard_count: int = 1,
 ) -> tuple[Any, int]:
     """Endless batches of tokens and masks, and how many problems were too long for them."""
 
@@ -119,6 +121,13 @@ def demonstrations(
         name=f"{problems.name}, at most {longest} tokens",
     )
     loader = tasks.loaders.examples_loader(
-        fitting, encode=encode, length=lengths, batch_size=batch_size, seed=seed, pad=pad
+        fitting,
+        encode=encode,
+        length=lengths,
+        batch_size=batch_size,
+        seed=seed,
+        shard_index=shard_index,
+        shard_count=shard_count,
+        pad=pad,
     )
     return loader, len(problems) - len(fitting)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import pgjax as pg
@@ -35,6 +34,7 @@ class Run:
         with_values: bool,
     ) -> None:
         self.config, self.verifier = config, verifier
+        runs.join(config)
         self.mesh = pg.parallel.make_mesh(config.mesh)
         # What can be wrong with the model or the data is found before a directory is made.
         self.policy = build.load_policy(config, config.tuning, self.mesh, with_values=with_values)
@@ -52,12 +52,12 @@ class Run:
         )
         self.directory = config.out or runs.next_run(root)
         runs.claim(self.directory, config)
-        self.writer = pg.train.metrics.MetricsWriter(self.directory)
+        first = pg.parallel.is_first()
+        self.writer = pg.train.metrics.MetricsWriter(self.directory) if first else None
 
     def place(self, batch: Any) -> Any:
         """Spreads the rows of a batch over the mesh."""
-        sharding = pg.parallel.batch_sharding(self.mesh)
-        return jax.tree.map(lambda x: jax.device_put(x, sharding), batch)
+        return pg.parallel.place_rows(batch, self.mesh)
 
     def fit(
         self, phase: str, state: pg.train.TrainState, step: text.Step, batches: Any, steps: int,
@@ -70,7 +70,8 @@ class Run:
             if saved.latest_step() is not None:
                 state, metadata = saved.restore(like=state)
                 batches.set_state(metadata["batches"])
-            self.writer.truncate_after(int(state.step), phase=phase, phases=(phase,))
+            if self.writer is not None:
+                self.writer.truncate_after(int(state.step), phase=phase, phases=(phase,))
             return pg.train.fit(
                 step,
                 state,
@@ -109,20 +110,23 @@ class Run:
 
     def test(self, name: str, params: Any) -> evaluation.Accuracy:
         """Test accuracy, measured once and kept in the run's directory."""
-        path = self.directory / f"test_{name}.json"
-        if not path.exists():
-            count = self.config.evaluation.test_prompts
-            runs.write_json(path, self.judged(self.parts.test, params, count)._asdict())
-        return evaluation.Accuracy(**json.loads(path.read_text()))
+        count = self.config.evaluation.test_prompts
+        stored = runs.measured_once(
+            self.directory / f"test_{name}.json",
+            lambda: self.judged(self.parts.test, params, count)._asdict(),
+        )
+        return evaluation.Accuracy(**stored)
 
     def finish(
         self, before: evaluation.Accuracy, state: pg.train.TrainState, phase: str, seconds: float
-    ) -> report.Result:
-        """Tests, exports and reports."""
+    ) -> report.Result | None:
+        """Tests, exports and reports; the result is the first process's."""
         trained = state.params
         after = self.test(f"after_{int(state.step)}", self.policy.whole(trained))
         if self.config.export:
             build.export(self.config, self.policy, trained, self.directory)
+        if self.writer is None:
+            return None
         self.writer.close()
         records = pg.train.metrics.read_metrics(self.directory)
         result = report.Result(
@@ -138,7 +142,7 @@ class Run:
         return result
 
 
-def reinforce(config: GRPOConfig) -> report.Result:
+def reinforce(config: GRPOConfig) -> report.Result | None:
     """Test, policy gradient, test, export."""
     started = time.perf_counter()
     rl, tuning = config.rl, config.tuning
@@ -205,13 +209,16 @@ def reinforce(config: GRPOConfig) -> report.Result:
         def step(state: pg.train.TrainState, batch: Any) -> Any:
             return inner(state, run.place(batch))
 
+        own = runs.share(run.mesh, "rl.prompts", rl.prompts)
         batches = pg.tasks.prompts_loader(
             train,
             prompt_length=config.data.prompt_lengths,
-            num_prompts=rl.prompts,
+            num_prompts=own.rows,
             seed=config.seed,
             encode=run.encode,
             pad=policy.pad,
+            shard_index=own.part,
+            shard_count=own.parts,
         )
         state = run.fit(
             "rl",
@@ -225,21 +232,24 @@ def reinforce(config: GRPOConfig) -> report.Result:
         return run.finish(before, state, "rl", time.perf_counter() - started)
 
 
-def fine_tune(config: SFTConfig) -> report.Result:
+def fine_tune(config: SFTConfig) -> report.Result | None:
     """Test, maximum likelihood, test, export."""
     started = time.perf_counter()
     tuning = config.tuning
     with math_answers.MathVerifier(workers=config.verifier_workers) as verifier:
         run = Run(config, SFT_RUNS, verifier, with_values=False)
         policy = run.policy
+        own = runs.share(run.mesh, "batch_size", config.batch_size)
         batches, too_long = problems.demonstrations(
             run.parts.train,
             config.data,
             policy.tokenizer,
             policy.pad,
             lengths=config.lengths,
-            batch_size=config.batch_size,
+            batch_size=own.rows,
             seed=config.seed,
+            shard_index=own.part,
+            shard_count=own.parts,
         )
         if too_long:
             print(f"left out {too_long} conversations of more than {max(config.lengths)} tokens")
@@ -255,10 +265,11 @@ def fine_tune(config: SFTConfig) -> report.Result:
         )
 
         def step(state: pg.train.TrainState, batch: Any) -> Any:
-            rollout = run.place(pg.train.demonstrations(batch["tokens"], batch["mask"]))
+            given = run.place({name: batch[name] for name in ("tokens", "mask")})
+            rollout = pg.train.demonstrations(given["tokens"], given["mask"])
             state, metrics = update(state, rollout, None, policy.frozen)
             shown = {name: metrics[name] for name in ("loss", "gradient_norm", "entropy")}
-            return state, {**shown, "tokens": batch["mask"].sum()}
+            return state, {**shown, "tokens": given["mask"].sum()}
 
         state = run.fit(
             "sft",
@@ -272,9 +283,11 @@ def fine_tune(config: SFTConfig) -> report.Result:
 
 
 def _answer_ids(policy: build.Policy, samples: Any) -> Any:
-    rows = zip(np.asarray(samples.tokens), np.asarray(samples.mask), strict=True)
+    # A prompt's completions are all in one process, and only they are compared.
+    (tokens, mask), _ = pg.parallel.own_rows((samples.tokens, samples.mask))
+    rows = zip(tokens, mask, strict=True)
     texts = [chat.decode(policy.tokenizer, row[kept].tolist()) for row, kept in rows]
-    return jnp.asarray(math_answers.answer_ids(texts))
+    return pg.parallel.rows_of_all(math_answers.answer_ids(texts), samples.tokens)
 
 
 @dataclasses.dataclass
@@ -288,8 +301,9 @@ class _Completions:
     def keep(self, step: int, samples: Any, rewards: Any) -> None:
         if not self.every or step % self.every:
             return
-        tokens, mask = np.asarray(samples.tokens), np.asarray(samples.mask)
-        for row in np.unique(np.asarray(samples.prompt_ids), return_index=True)[1][:2]:
+        shown = (samples.tokens, samples.mask, samples.prompt_ids, rewards)
+        tokens, mask, prompts, rewards = pg.parallel.fetch(shown)
+        for row in np.unique(prompts, return_index=True)[1][:2]:
             mark = "✓" if float(rewards[row]) > 0.5 else "✗"
             answer = chat.decode(self.policy.tokenizer, tokens[row][mask[row]].tolist())
             self.lines.append(f"  {mark} {answer!r:.300}")
@@ -303,7 +317,7 @@ class _Completions:
 def main(
     program: str,
     parse: Callable[[list[str]], Common],
-    work: Callable[[Any], report.Result],
+    work: Callable[[Any], report.Result | None],
     arguments: list[str],
 ) -> int:
     """Parses, works and reports; what is wrong with the input is one line and exit status 2."""
@@ -320,5 +334,6 @@ def main(
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    report.print_report(settings, result)
+    if result is not None:
+        report.print_report(settings, result)
     return 0

@@ -140,7 +140,7 @@ def warm_up(contest: Contest, task: str, seed: int) -> None:
     _check_same(settings)
     this = job.Run(settings)
     job.warmed_up(this)
-    this.writer.close()
+    this.close()
 
 
 def _check_same(settings: main_job.Config) -> None:

@@ -136,6 +136,7 @@ class Config:
     """Start from the warmed-up model of another run's directory instead of warming up."""
     mesh: str = ""
     """Devices by axis, such as data=2,fsdp=4; default: all devices along data."""
+    processes: runs.Processes = runs.ALONE
     checkpoint_every: int = 50
     """Steps between checkpoints."""
     show_every: int = 50

@@ -23,6 +23,7 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        runs.join(config)
         # What can be wrong with a command line is said before anything is made.
         self.objective = build.make_objective(config)
         self.mesh = pg.parallel.make_mesh(config.mesh)
@@ -33,22 +34,29 @@ class Run:
         self.directory = config.out or next_run()
         runs.claim(self.directory, config)
         self.decoder, self.params = build.make_decoder(config, self.mesh)
-        self.sources = {
-            split: task.data_source(config.data_preset, split, data_dir=config.data_dir)
-            for split in ("train", "validation", "test")
-        }
+        # Who comes first builds what is not there yet.
+        self.sources = pg.parallel.first_then_others(
+            lambda: {
+                split: task.data_source(config.data_preset, split, data_dir=config.data_dir)
+                for split in ("train", "validation", "test")
+            }
+        )
         self.prompt_length = build.prompt_length(config)
         self.max_new_tokens = build.max_new_tokens(config)
         axes: dict[str, Any] = {"decoder": self.decoder.logical_axes()}
         if "value_head" in self.params:
             axes["value_head"] = pg.models.value_head_logical_axes()
         self.shardings = pg.parallel.shardings(axes, self.mesh, shapes=self.params)
-        self.writer = pg.train.metrics.MetricsWriter(self.directory)
+        first = pg.parallel.is_first()
+        self.writer = pg.train.metrics.MetricsWriter(self.directory) if first else None
 
     def place(self, batch: Any) -> Any:
         """Spreads the rows of a batch over the mesh."""
-        sharding = pg.parallel.batch_sharding(self.mesh)
-        return jax.tree.map(lambda x: jax.device_put(x, sharding), batch)
+        return pg.parallel.place_rows(batch, self.mesh)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
 
     def fit(
         self,
@@ -69,7 +77,8 @@ class Run:
             if saved.latest_step() is not None:
                 state, metadata = saved.restore(like=state)
                 batches.set_state(metadata["batches"])
-            self.writer.truncate_after(int(state.step), phase=phase, phases=("warmup", "rl"))
+            if self.writer is not None:
+                self.writer.truncate_after(int(state.step), phase=phase, phases=("warmup", "rl"))
             state = pg.train.fit(
                 step,
                 state,
@@ -103,21 +112,23 @@ class Run:
             widths=build.widths(length),
             state_shardings=pg.train.shardings(state),
         )
+        own = runs.share(self.mesh, "warmup.batch_size", config.warmup.batch_size)
         batches = pg.tasks.sft_loader(
             self.sources["train"],
             length=length,
-            batch_size=config.warmup.batch_size,
+            batch_size=own.rows,
             worked_probability=config.warmup.worked_probability,
             levels=config.warmup.levels,
             seed=config.seed,
+            shard_index=own.part,
+            shard_count=own.parts,
         )
 
         def step(state: pg.train.TrainState, batch: Any) -> Any:
-            state, metrics = update(
-                state, self.place(pg.train.demonstrations(batch["tokens"], batch["mask"]))
-            )
+            given = self.place({name: batch[name] for name in ("tokens", "mask")})
+            state, metrics = update(state, pg.train.demonstrations(given["tokens"], given["mask"]))
             shown = {name: metrics[name] for name in ("loss", "gradient_norm", "entropy")}
-            return state, {**shown, "tokens": batch["mask"].sum()}
+            return state, {**shown, "tokens": given["mask"].sum()}
 
         state = self.fit(
             "warmup",
@@ -150,22 +161,21 @@ class Run:
 
     def test(self, name: str, params: Any) -> dict[int, evaluation.Accuracy]:
         """Test accuracy, measured once and kept in the run's directory."""
-        path = self.directory / f"test_{name}.json"
-        if path.exists():
-            stored = json.loads(path.read_text())["sampled"]
-            return {int(n): evaluation.Accuracy(**a) for n, a in stored.items()}
         count = self.config.evaluation.test_prompts
-        sampled = self.evaluate("test", count, params)
-        greedy = self.evaluate("test", count, params, greedy=True)
-        content = {
-            "sampled": {n: a._asdict() for n, a in sampled.items()},
-            "greedy": {n: a._asdict() for n, a in greedy.items()},
-        }
-        runs.write_json(path, content)
-        return sampled
 
-    def reinforce(self, initial: Any) -> tuple[Any, float]:
-        """Parameters after the policy-gradient phase, and sampled tokens per second."""
+        def measure() -> dict[str, Any]:
+            sampled = self.evaluate("test", count, params)
+            greedy = self.evaluate("test", count, params, greedy=True)
+            return {
+                "sampled": {n: a._asdict() for n, a in sampled.items()},
+                "greedy": {n: a._asdict() for n, a in greedy.items()},
+            }
+
+        stored = runs.measured_once(self.directory / f"test_{name}.json", measure)
+        return {int(n): evaluation.Accuracy(**a) for n, a in stored["sampled"].items()}
+
+    def reinforce(self, initial: Any) -> Any:
+        """Parameters after the policy-gradient phase."""
         config, rl = self.config, self.config.rl
         optimizer = build.make_optimizer(config, self.shardings)
         # The update donates its state, so the learner gets a copy; the reference stays as it is.
@@ -190,7 +200,7 @@ class Run:
 
         def show(at: int, samples: Any, rewards: Any) -> None:
             if config.show_every and at % config.show_every == 0:
-                shown[:] = completions(samples, rewards, count=4)
+                shown[:] = completions(*pg.parallel.fetch((samples, rewards)), count=4)
 
         inner = text.make_text_step(
             self.decoder,
@@ -219,6 +229,7 @@ class Run:
             text, shown[:] = "\n".join(shown), []
             return text or None
 
+        own = runs.share(self.mesh, "rl.prompts", rl.prompts)
         state = self.fit(
             "rl",
             state,
@@ -226,9 +237,11 @@ class Run:
             pg.tasks.prompts_loader(
                 self.sources["train"],
                 prompt_length=self.prompt_length,
-                num_prompts=rl.prompts,
+                num_prompts=own.rows,
                 levels=rl.levels,
                 seed=config.seed,
+                shard_index=own.part,
+                shard_count=own.parts,
             ),
             rl.steps,
             evaluate=validate,
@@ -236,17 +249,15 @@ class Run:
             progress_fields=("reward", "approx_kl", "entropy", "tokens/s"),
             on_step=pop_shown,
         )
-        records = pg.train.metrics.read_metrics(self.directory / "metrics.jsonl")
-        speeds = [r["tokens/s"] for r in records if r["phase"] == "rl"]
-        return state.params["decoder"], float(np.median(speeds))
+        return state.params["decoder"]
 
 
 def completions(samples: Any, rewards: Any, *, count: int) -> list[str]:
     """Sampled completions as text, one of each of the first prompts."""
-    tokens, mask = np.asarray(samples.tokens), np.asarray(samples.mask)
+    tokens, mask = samples.tokens, samples.mask
     lines = []
     for prompt in range(count):
-        rows = np.flatnonzero(np.asarray(samples.prompt_ids) == prompt)
+        rows = np.flatnonzero(samples.prompt_ids == prompt)
         if not len(rows):
             break
         row = rows[0]
@@ -258,15 +269,20 @@ def completions(samples: Any, rewards: Any, *, count: int) -> list[str]:
     return lines
 
 
-def run(config: Config) -> report.Result:
-    """Warm-up, test, reinforcement, test; resumable at any point."""
+def run(config: Config) -> report.Result | None:
+    """Warm-up, test, reinforcement, test; resumable at any point.
+
+    In a job of several processes the first has the result.
+    """
     started = time.perf_counter()
     this = Run(config)
     warmed = warmed_up(this)
     before = this.test("before", warmed)
-    trained, speed = this.reinforce(warmed)
+    trained = this.reinforce(warmed)
     after = this.test(f"after_{config.rl.steps}", trained)
-    this.writer.close()
+    this.close()
+    if not pg.parallel.is_first():
+        return None
     records = pg.train.metrics.read_metrics(this.directory)
     # Steps of earlier sittings of a resumed run count too; the total is this sitting's.
     seconds = {
@@ -274,6 +290,7 @@ def run(config: Config) -> report.Result:
         for phase in ("warmup", "rl")
     }
     seconds["total"] = time.perf_counter() - started
+    speed = float(np.median([r["tokens/s"] for r in records if r["phase"] == "rl"]))
     result = report.Result(this.directory, before, after, seconds, speed)
     report.write_report(config, result)
     return result

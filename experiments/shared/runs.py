@@ -3,16 +3,94 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
+import platform
+import sys
 import typing
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
+
+import pgjax as pg
 
 _Config = TypeVar("_Config")
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """Several processes, one command each; the directory of the run is on a disk they share."""
+
+    coordinator: str | None = None
+    """host:port for process 0 to listen on, or auto (Slurm, Open MPI, Kubernetes, Cloud TPU)."""
+    count: int | None = None
+    """How many there are; not needed with auto."""
+    index: int | None = None
+    """Which of them this is, from 0; not needed with auto."""
+
+
+ALONE = Processes()
+
+
+class Share(NamedTuple):
+    """Rows of every batch that are this process's, and which of its equal parts they are."""
+
+    rows: int
+    part: int
+    parts: int
+
+
+def join(config: Any) -> None:
+    """Makes this process one of a job's, if it is to be, and checks that all run the same.
+
+    Only the first speaks: the others' standard output goes nowhere from here on.
+
+    Raises:
+      ValueError: processes that differ in configuration, code, versions or devices, saying how.
+    """
+    processes: Processes = config.processes
+    pg.parallel.connect(processes.coordinator, count=processes.count, index=processes.index)
+    if jax.process_count() == 1:
+        return
+    pg.parallel.check_same(
+        {
+            "config": dataclasses.asdict(dataclasses.replace(config, processes=ALONE)),
+            "code": _code_version(),
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "devices": [device.device_kind for device in jax.local_devices()],
+        }
+    )
+    if not pg.parallel.is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def share(mesh: Mesh, name: str, size: int) -> Share:
+    """This process's part of a batch of that size, for a loader.
+
+    Raises:
+      ValueError: the parts are not equal; `name` is what was to be set otherwise.
+    """
+    index, count = pg.parallel.process_shard(mesh)
+    if size % count:
+        raise ValueError(
+            f"{name}: {size} rows cannot be cut into {count} equal parts, one for each process"
+        )
+    return Share(size // count, index, count)
+
+
+def _code_version() -> str:
+    """A digest of the library's source and of the experiments'."""
+    digest = hashlib.sha256()
+    for root in (pathlib.Path(pg.__file__).parent, pathlib.Path(__file__).parents[1]):
+        for path in sorted(root.rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def newest_run(root: pathlib.Path) -> pathlib.Path:
@@ -24,9 +102,13 @@ def newest_run(root: pathlib.Path) -> pathlib.Path:
 
 
 def next_run(root: pathlib.Path) -> pathlib.Path:
-    """The directory of the next run under `root`; not made yet."""
-    numbers = [int(p.name) for p in root.glob("[0-9]*") if p.name.isdigit()]
-    return root / f"{max(numbers, default=0) + 1:03d}"
+    """The directory of the next run under `root`, the same for all processes; not made yet."""
+
+    def number() -> int:
+        numbers = [int(p.name) for p in root.glob("[0-9]*") if p.name.isdigit()]
+        return max(numbers, default=0) + 1
+
+    return root / f"{pg.parallel.on_first(number):03d}"
 
 
 def claim(directory: pathlib.Path, config: Any) -> None:
@@ -36,12 +118,18 @@ def claim(directory: pathlib.Path, config: Any) -> None:
       FileExistsError: there is a run and `config.resume` is false.
     """
     path = directory / "config.json"
-    if path.exists() and not config.resume:
-        raise FileExistsError(
-            f"{directory} already holds a run: pass --resume to continue it, or another --out"
-        )
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(path, dataclasses.asdict(dataclasses.replace(config, resume=False)))
+    # What a run is does not depend on how many processes go on with it.
+    stored = dataclasses.replace(config, resume=False, processes=ALONE)
+
+    def make() -> None:
+        if path.exists() and not config.resume:
+            raise FileExistsError(
+                f"{directory} already holds a run: pass --resume to continue it, or another --out"
+            )
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(path, dataclasses.asdict(stored))
+
+    pg.parallel.on_first(make)
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
@@ -49,6 +137,19 @@ def write_json(path: pathlib.Path, content: Any) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
     partial.replace(path)
+
+
+def measured_once(path: pathlib.Path, measure: Callable[[], Any]) -> Any:
+    """JSON data kept in a file: what is there, or else what `measure` now returns.
+
+    The first process of a job reads and writes; all of them measure, or none.
+    """
+    stored = pg.parallel.on_first(lambda: json.loads(path.read_text()) if path.exists() else None)
+    if stored is None:
+        # As it will be read back, so that a resumed run sees what this one does.
+        stored = json.loads(json.dumps(measure(), default=str))
+        pg.parallel.on_first(lambda: write_json(path, stored))
+    return stored
 
 
 def curve(

@@ -1,6 +1,20 @@
 """Device meshes and sharding rules: where arrays live, apart from the code that uses them."""
 
 from pgjax.parallel.mesh import AXES, make_mesh, parse_mesh
+from pgjax.parallel.processes import (
+    any_of,
+    check_same,
+    connect,
+    fetch,
+    first_then_others,
+    gather_json,
+    is_first,
+    on_first,
+    own_rows,
+    place_rows,
+    process_shard,
+    rows_of_all,
+)
 from pgjax.parallel.program import Collective, collectives
 from pgjax.parallel.sharding import (
     BATCH_AXES,
@@ -21,13 +35,25 @@ __all__ = [
     "BATCH_AXES",
     "DEFAULT_RULES",
     "Collective",
+    "any_of",
     "batch_sharding",
+    "check_same",
     "collectives",
+    "connect",
     "constrain_batch",
+    "fetch",
+    "first_then_others",
+    "gather_json",
+    "is_first",
     "make_mesh",
+    "on_first",
+    "own_rows",
     "parse_mesh",
+    "place_rows",
+    "process_shard",
     "replicated",
     "row_ways",
+    "rows_of_all",
     "shard",
     "shard_like",
     "shardings",

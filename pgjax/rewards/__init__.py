@@ -12,7 +12,7 @@ from pgjax.rewards.spurious import (
     majority_incorrect_reward,
     random_reward,
 )
-from pgjax.rewards.verifier import Failure, call_verifier
+from pgjax.rewards.verifier import Failure, call_verifier, own_completions
 
 __all__ = [
     "Failure",
@@ -27,6 +27,7 @@ __all__ = [
     "majority_incorrect_reward",
     "numeric_reward",
     "only_complete",
+    "own_completions",
     "profiling_reward",
     "random_reward",
     "soft_overlong_penalty",

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from pgjax import parallel
+
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
@@ -33,6 +35,31 @@ def _scalar(value: Any, index: int) -> float:
     raise ValueError(
         f"verifier: expected one number for completion {index}, got {given}: {value!r:.80}"
     )
+
+
+def own_completions(
+    samples: Any,
+    batch: Mapping[str, Any],
+    decode: Callable[[Sequence[int]], str],
+    examples: Callable[[Mapping[str, Any]], Sequence[Any]],
+) -> tuple[list[str], list[Any]]:
+    """Texts of the completions that this process is to judge, and the example of each.
+
+    In a job of several processes those on its own devices; else all.
+
+    Args:
+      samples: has `tokens` `[B, T]`, `mask` `[B, T]` and `prompt_ids` `[B]`.
+      batch: arrays with a row for each prompt.
+      decode: token ids of a completion, stop token included, to text.
+      examples: of a batch of NumPy arrays, one per prompt.
+    """
+    (tokens, mask, prompts), _ = parallel.own_rows(
+        (samples.tokens, samples.mask, samples.prompt_ids)
+    )
+    own_batch, first = parallel.own_rows(dict(batch))
+    of_prompt = examples(own_batch)
+    texts = [decode(row[kept].tolist()) for row, kept in zip(tokens, mask, strict=True)]
+    return texts, [of_prompt[int(p) - first] for p in prompts]
 
 
 def call_verifier(

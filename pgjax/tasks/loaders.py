@@ -44,13 +44,14 @@ def _select(source: PromptSource, levels: Sequence[int] | None) -> np.ndarray:
 
 def _batches(
     indices: np.ndarray,
-    collate: Callable[[list[int]], dict[str, np.ndarray]],
+    collate: Callable[[list[int], list[int]], dict[str, np.ndarray]],
     *,
     batch_size: int,
     seed: int,
     shard_index: int,
     shard_count: int,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+    """Batches that `collate` makes of a shard's rows, and of those of all shards."""
     import grain
 
     _checks.in_range("batch_size", batch_size, 1)
@@ -61,10 +62,13 @@ def _batches(
     # in turn) still shows; a fixed permutation beneath it hides that order.
     mixed = np.random.default_rng((seed, len(indices))).permutation(indices)
     dataset = grain.MapDataset.source(mixed).seed(seed).shuffle().repeat()
-    dataset = dataset[shard_index::shard_count]
-    batches = dataset.batch(
-        batch_size, drop_remainder=True, batch_fn=lambda rows: collate([int(i) for i in rows])
-    )
+    first = shard_index * batch_size
+
+    def own(rows: Sequence[Any]) -> dict[str, np.ndarray]:
+        every = [int(i) for i in rows]
+        return collate(every[first : first + batch_size], every)
+
+    batches = dataset.batch(batch_size * shard_count, drop_remainder=True, batch_fn=own)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     return iter(batches.to_iter_dataset(options))
 
@@ -87,9 +91,16 @@ def _answers(answers: list[Any]) -> dict[str, np.ndarray]:
     return {"answers": np.array(answers, np.int32 if whole else np.float64)}
 
 
+def _seen(rows: Sequence[int], every: Sequence[int], buckets: tuple[int, ...]) -> Sequence[int]:
+    """The rows whose lengths decide a batch's width: where there is a choice, those of all shards,
+    which have to agree on it."""
+    return every if len(buckets) > 1 else rows
+
+
 def _prompts(
     source: PromptSource,
     rows: Sequence[int],
+    every: Sequence[int],
     *,
     buckets: tuple[int, ...],
     encode: Callable[[str], Any],
@@ -97,7 +108,8 @@ def _prompts(
 ) -> dict[str, np.ndarray]:
     items = [source[i] for i in rows]
     prompts = [item["prompt"] for item in items]
-    tokens = {prompt: encode(prompt) for prompt in prompts}
+    seen = {source[i]["prompt"] for i in _seen(rows, every, buckets)}
+    tokens = {prompt: encode(prompt) for prompt in seen}
     longest = max(len(ids) for ids in tokens.values())
     width = next((w for w in buckets if w >= longest), buckets[-1])
     return {
@@ -137,9 +149,10 @@ def sft_loader(
       worked_probability: probability of the worked response, in [0, 1].
       seed: in [0, 2^32).
       levels: which items; None for all.
-      shard_index: which of `shard_count` interleaved streams of the one global order, for
-        training with several processes.
-      shard_count: number of streams.
+      shard_index: which of `shard_count` equal parts of each global batch, for training with
+        several processes (`parallel.process_shard`); the parts in order are what one process
+        would have, and so is the position, which is the same for all.
+      shard_count: number of parts.
       encode: text to ids, without special tokens.
       eos: id of the end of sequence.
       pad: id of padding.
@@ -158,7 +171,7 @@ def sft_loader(
     _checks.in_range("seed", seed, 0, 2**32 - 1)
     worked = np.random.default_rng(seed).random(len(source)) < worked_probability
 
-    def collate(rows: list[int]) -> dict[str, np.ndarray]:
+    def collate(rows: list[int], every: list[int]) -> dict[str, np.ndarray]:
         items = [source[i] for i in rows]
         responses = [
             item["worked" if worked[i] else "direct"] for i, item in zip(rows, items, strict=True)
@@ -208,8 +221,8 @@ def examples_loader(
       batch_size: B, rows in this shard's batches.
       seed: in [0, 2^32).
       levels: which items; None for all.
-      shard_index: which of `shard_count` interleaved streams of the one global order.
-      shard_count: number of streams.
+      shard_index: which of `shard_count` equal parts of each global batch, see `sft_loader`.
+      shard_count: number of parts.
       pad: id of padding.
 
     Returns:
@@ -221,9 +234,10 @@ def examples_loader(
     """
     widths = _buckets(length)
 
-    def collate(rows: list[int]) -> dict[str, np.ndarray]:
-        encoded = [encode(source[i]) for i in rows]
-        longest = max(len(parts[0]) for parts in encoded)
+    def collate(rows: list[int], every: list[int]) -> dict[str, np.ndarray]:
+        found = {i: encode(source[i]) for i in _seen(rows, every, widths)}
+        encoded = [found[i] for i in rows]
+        longest = max(len(parts[0]) for parts in found.values())
         width = next((w for w in widths if w >= longest), None)
         if width is None:
             raise ValueError(f"length: an example takes {longest} tokens, got {widths[-1]}")
@@ -272,8 +286,8 @@ def prompts_loader(
       num_prompts: P, prompts in this shard's batches.
       seed: in [0, 2^32).
       levels: which items; None for all.
-      shard_index: which of `shard_count` interleaved streams of the one global order.
-      shard_count: number of streams.
+      shard_index: which of `shard_count` equal parts of each global batch, see `sft_loader`.
+      shard_count: number of parts.
       encode: text to ids, without special tokens.
       pad: id of padding.
 
@@ -290,8 +304,8 @@ def prompts_loader(
     buckets = _buckets(prompt_length)
     indices = _select(source, levels)
 
-    def collate(rows: list[int]) -> dict[str, np.ndarray]:
-        return _prompts(source, rows, buckets=buckets, encode=encode, pad=pad)
+    def collate(rows: list[int], every: list[int]) -> dict[str, np.ndarray]:
+        return _prompts(source, rows, every, buckets=buckets, encode=encode, pad=pad)
 
     return _batches(
         indices,
@@ -343,4 +357,5 @@ def prompt_arrays(
                 )
             kept.append(of_level[:per_level])
         indices = np.sort(np.concatenate(kept))
-    return _prompts(source, indices.tolist(), buckets=buckets, encode=encode, pad=pad)
+    rows = indices.tolist()
+    return _prompts(source, rows, rows, buckets=buckets, encode=encode, pad=pad)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
-from pgjax import models, sampling
+from pgjax import models, parallel, sampling
 from pgjax.tasks import metrics
 
 AnswerFunction = Callable[[sampling.Samples], tuple[Int[Array, " B"], Bool[Array, " B"]]]
@@ -92,8 +92,8 @@ def evaluate_text(
             stop_tokens=tuple(stop_tokens),
         )
         values, ok = answer(samples)
-        device = jax.device_get((values, ok, samples.mask.sum(-1)))
-        stated, given, lengths = (np.reshape(x, (-1, num_samples)) for x in device)
+        found = parallel.fetch((values, ok, samples.mask.sum(-1)))
+        stated, given, lengths = (np.reshape(x, (-1, num_samples)) for x in found)
         columns.append((stated, given, batch["answers"], batch["levels"], lengths))
     if not columns:
         raise ValueError("batches: expected at least one batch of prompts, got none")

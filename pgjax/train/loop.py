@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import jax
 
+from pgjax import parallel
 from pgjax.train import checkpoints as checkpointing
 from pgjax.train import metrics as recording
 from pgjax.train.state import TrainState
@@ -86,7 +87,8 @@ def fit(
 
     A state and batches restored from a checkpoint go on exactly as the uninterrupted run would.
     On SIGINT or SIGTERM the current step is finished, a checkpoint is written, and `Interrupted`
-    is raised; a second signal stops at once.
+    is raised; a second signal stops at once. In a job of several processes a signal to any one
+    stops all after the same step, and only the first shows its progress.
 
     Args:
       step: `(state, batch) -> (state, metrics)`; may donate the state. A metric `tokens` (a count)
@@ -127,7 +129,11 @@ def fit(
     with (
         _deferred_signals() as stop,
         recording.progress(
-            num_steps, initial=start, fields=progress_fields, description=phase
+            num_steps,
+            initial=start,
+            fields=progress_fields,
+            description=phase,
+            shown=parallel.is_first(),
         ) as bar,
     ):
         if checkpoints is not None and start == 0 and checkpoints.latest_step() is None:
@@ -158,10 +164,11 @@ def fit(
                 evaluated = evaluate(state)
                 if writer is not None:
                     writer.write(at, evaluated, phase=f"{phase}_evaluation")
-            if last or at % checkpoint_every == 0 or stop.number is not None:
+            stopped_by = parallel.any_of(stop.number or 0)
+            if last or at % checkpoint_every == 0 or stopped_by:
                 save(at)
-            if stop.number is not None and not last:
+            if stopped_by and not last:
                 if checkpoints is not None:
                     checkpoints.wait()
-                raise Interrupted(phase, at, stop.number)
+                raise Interrupted(phase, at, stopped_by)
     return state

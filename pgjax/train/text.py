@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from pgjax import models, rewards, sampling
+from pgjax import models, parallel, rewards, sampling
 from pgjax.train.loop import Step
 from pgjax.train.partial import combine
 from pgjax.train.rollouts import to_rollout
@@ -113,6 +112,7 @@ def host_reward(
 
     A verifier that raises or returns something that is no number gives its sample the reward NaN,
     which every advantage function leaves out; the exception is logged with the sample's index.
+    In a job of several processes each judges the completions that its own devices hold.
 
     Args:
       verifier: `(completion, example) -> float`, or a pool of processes that has one and bounds
@@ -123,16 +123,13 @@ def host_reward(
 
     def reward(samples: sampling.Samples, batch: PromptBatch, key: PRNGKeyArray) -> Array:
         del key
-        tokens, mask = np.asarray(samples.tokens), np.asarray(samples.mask)
-        texts = [decode(row[kept].tolist()) for row, kept in zip(tokens, mask, strict=True)]
-        per_prompt = examples(batch)
-        chosen = [per_prompt[int(p)] for p in np.asarray(samples.prompt_ids)]
+        texts, chosen = rewards.own_completions(samples, batch, decode, examples)
         if isinstance(verifier, rewards.isolated.VerifierPool):
             scores, failures = verifier.judge(texts, chosen)
         else:
             scores, failures = rewards.call_verifier(verifier, texts, chosen)
         for failure in failures:
             _log.warning("verifier failed, sample left out: %s", failure)
-        return jnp.asarray(scores, jnp.float32)
+        return parallel.rows_of_all(np.asarray(scores, np.float32), samples.tokens)
 
     return reward

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pgjax import _paths
+from pgjax import _paths, parallel
 from pgjax.models import matrices
 from pgjax.models.config import DecoderConfig
 from pgjax.models.lora.adapters import Adapter, is_adapter
@@ -78,7 +78,7 @@ def save_peft(
         layers, rank = adapter.a.shape[0], adapter.rank
         a = jnp.reshape(adapter.a, (layers, -1, rank)).swapaxes(1, 2)
         b = jnp.reshape(adapter.b, (layers, rank, -1)).swapaxes(1, 2)
-        for part, stack in (("A", np.asarray(a)), ("B", np.asarray(b))):
+        for part, stack in zip("AB", parallel.fetch((a, b)), strict=True):
             for layer in range(layers):
                 name = f"model.layers.{layer}.{_MODULES[path]}.lora_{part}.weight"
                 tensors[f"base_model.model.{name}"] = np.ascontiguousarray(stack[layer])
@@ -101,6 +101,8 @@ def save_peft(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+    if not parallel.is_first():
+        return
     from safetensors.numpy import save_file
 
     directory = pathlib.Path(directory)

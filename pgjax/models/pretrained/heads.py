@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from pgjax import parallel
 from pgjax.models.pretrained.layout import parse
 from pgjax.models.pretrained.tensors import Tensors, read_header, read_metadata
 from pgjax.models.pretrained.writing import Planned, replace_file, write_file
@@ -22,7 +23,8 @@ _NAMES = ("bias", "kernel")
 def save_head(path: str | os.PathLike[str], params: dict[str, Array], *, kind: str) -> None:
     """Writes a head's parameters to `value_head.safetensors` or `score_head.safetensors`.
 
-    The file's own metadata say which head it is, as JSON.
+    The file's own metadata say which head it is, as JSON. In a job of several processes all of
+    them call it, and the first writes.
 
     Args:
       path: a directory, that of the model say; made where there is none.
@@ -35,7 +37,7 @@ def save_head(path: str | os.PathLike[str], params: dict[str, Array], *, kind: s
     file = _file(path, kind)
     if sorted(params) != sorted(_NAMES):
         raise ValueError(f"params: expected kernel and bias, got {', '.join(sorted(params))}")
-    values = {name: np.asarray(params[name]) for name in _NAMES}
+    values = parallel.fetch({name: params[name] for name in _NAMES})
     if values["kernel"].ndim != 1 or values["bias"].ndim != 0:
         shapes = {name: value.shape for name, value in values.items()}
         raise ValueError(f"params: expected kernel [H] and bias [], got {shapes}")
@@ -43,6 +45,8 @@ def save_head(path: str | os.PathLike[str], params: dict[str, Array], *, kind: s
         "format": "pt",
         _METADATA: json.dumps({"kind": kind, "hidden_size": values["kernel"].size}),
     }
+    if not parallel.is_first():
+        return
     tensors = [Planned(name, value.dtype, value.shape) for name, value in values.items()]
     replace_file(
         file,

@@ -11,16 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pgjax import _checks
+from pgjax import _checks, parallel
 from pgjax.rewards.math_answers.cleaning import clean
 from pgjax.rewards.math_answers.comparison import decide
 from pgjax.rewards.math_answers.extraction import boxed, extract_final
 from pgjax.rewards.math_answers.pool import Outcome, Pool
-from pgjax.rewards.verifier import Failure
+from pgjax.rewards.verifier import Failure, own_completions
 
 # A format: <think>...</think>, then an answer, each tag once.
 THINK_THEN_ANSWER = r"\s*<think>(?:(?!</?think>).)*</think>\s*(?!\s)(?:(?!</?think>).)+"
@@ -187,7 +186,8 @@ def batch_reward(
     """A reward function of whole batches for `train.text.make_text_step`.
 
     Like `train.text.host_reward` with the verifier, but the symbolic comparisons of a batch run on
-    all workers at once. Comparisons that fail are logged; their reward is 0.
+    all workers at once. Comparisons that fail are logged; their reward is 0. In a job of several
+    processes each grades the completions that its own devices hold.
 
     Args:
       verifier: grades the texts.
@@ -201,15 +201,12 @@ def batch_reward(
 
     def reward(samples: Any, batch: Mapping[str, Any], key: Any) -> Array:
         del key
-        rows = zip(np.asarray(samples.tokens), np.asarray(samples.mask), strict=True)
-        texts = [decode(row[kept].tolist()) for row, kept in rows]
-        right = references(batch)
         scores, failures = verifier.grade_batch(
-            texts, [right[int(p)] for p in np.asarray(samples.prompt_ids)]
+            *own_completions(samples, batch, decode, references)
         )
         for failure in failures:
             _log.warning("answer not compared, reward 0: %s", failure)
-        return jnp.asarray(scores)
+        return parallel.rows_of_all(scores, samples.tokens)
 
     return reward
 

@@ -63,6 +63,7 @@ def progress(
     initial: int = 0,
     fields: Sequence[str] = ("reward", "kl", "entropy", "tokens/s"),
     description: str = "",
+    shown: bool = True,
 ) -> Iterator[Progress]:
     """A progress bar with a few numbers; plain lines where the output is not a terminal.
 
@@ -74,6 +75,7 @@ def progress(
       initial: steps already done, by the run this one goes on from.
       fields: names of the values to show, in order.
       description: what is going on.
+      shown: False prints nothing, for the processes of a job that are not the first.
 
     Yields:
       a `Progress`: `advance(values)` after every step.
@@ -83,6 +85,9 @@ def progress(
     """
     if initial < 0 or total < initial:
         raise ValueError(f"total: expected at least initial={initial} >= 0, got {total}")
+    if not shown:
+        yield Progress(lambda done, numbers: None, lambda text: None, initial, fields)
+        return
     try:
         from rich.console import Console
 
