@@ -48,7 +48,7 @@ def test_mesh_of_one_device():
     device = jax.devices()[:1]
     for spec in (None, "", "data=1", {"tensor": -1}, "fsdp=-1,tensor=1"):
         mesh = parallel.make_mesh(spec, devices=device)
-        assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1, "expert": 1}
+        assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1, "expert": 1, "sequence": 1}
     with pytest.raises(ValueError, match=r"needs 6 devices, but there are 1$"):
         parallel.make_mesh("data=2,fsdp=3", devices=device)
     with pytest.raises(ValueError, match="multiple of 2 devices, but there are 1"):
@@ -206,7 +206,7 @@ def eight():
 
 
 def test_mesh_shapes(eight):
-    one = {"data": 1, "fsdp": 1, "tensor": 1, "expert": 1}
+    one = {"data": 1, "fsdp": 1, "tensor": 1, "expert": 1, "sequence": 1}
     assert eight["shape"] == {**one, "data": 2, "fsdp": 4}
     assert eight["default"] == eight["empty"] == {**one, "data": 8}
     assert eight["rest"] == {**one, "tensor": 2, "fsdp": 4}

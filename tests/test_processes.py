@@ -32,7 +32,9 @@ UPDATES = """
     config = pg.models.DecoderConfig(
         vocab_size=32, hidden_size=16, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=4,
         mlp_size=32, max_length=12,
-        moe=pg.models.MoEConfig(4, 2, 32, True) if "expert" in spec else None,
+        moe=pg.models.MoEConfig(
+            num_experts=4, experts_per_token=2, expert_size=32, normalize_weights=True
+        ) if "expert" in spec else None,
     )
     rows, length = 16, 12
     rng = np.random.default_rng(0)
@@ -98,6 +100,8 @@ SETUPS = [  # of a mesh, how many processes with how many devices each
     ("fsdp=8", 1, 8),
     ("tensor=2,fsdp=4", 1, 8),
     ("expert=4,data=2", 1, 8),
+    ("sequence=2,fsdp=4", 1, 8),
+    ("sequence=2", 2, 1),
 ]
 
 

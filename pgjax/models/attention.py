@@ -219,7 +219,7 @@ def _blockwise(
         ids = None
         if segment_ids is not None:
             ids = segment_ids[:, first:end], segment_ids[:, seen:end]
-        part = _stage(
+        part = rows_over_keys(
             grouped[:, :, :, first:end],
             key[:, :, seen:end],
             value[:, :, seen:end],
@@ -234,18 +234,25 @@ def _blockwise(
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)
 
 
-def _stage(
+def rows_over_keys(
     queries: Float[Array, "B kv r t D"],
     keys: Float[Array, "B kv s D"],
     values: Float[Array, "B kv s D"],
     *,
-    first: int,
+    first: int | Int[Array, ""],
     seen: int,
     settings: AttentionSettings,
     ids: tuple[Array, Array] | None,
     sinks: Array | None,
 ) -> Float[Array, "B kv r t D"]:
-    """Queries at `first`, `first + 1`, ... over keys at `seen`, `seen + 1`, ..., in blocks."""
+    """Queries at `first`, `first + 1`, ... over keys at `seen`, `seen + 1`, ..., in blocks.
+
+    Args:
+      queries: scaled.
+      keys, values: up to the last of the queries at least.
+      ids: segments of queries `[B, t]` and keys `[B, s]`.
+      sinks: `[kv, r, 1]`.
+    """
     length, end = queries.shape[3], seen + keys.shape[2]
     blocks = -(-length // QUERY_BLOCK)
     size = -(-length // blocks)
@@ -267,7 +274,8 @@ def _stage(
             same = own[:, :, None] == ids[1][:, None, :]
             mask = mask & same[:, None, None]
         if padding:  # padded queries see the last key, so that no row of weights is empty
-            mask = mask | ((rows >= end)[:, None] & (positions == end - 1))
+            beyond = start + jnp.arange(size) >= length
+            mask = mask | (beyond[:, None] & (positions == end - 1))
         weights = masked_softmax(scores, mask, sinks).astype(values.dtype)
         weights = weights.reshape(*flat.shape[:3], -1)
         return jnp.einsum("bkqs,bksd->bkqd", weights, values).reshape(block.shape)

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from pgjax.models import attention
+from pgjax.models import attention, split_rows
 from pgjax.models.attention import AttentionSettings, CachePart
 from pgjax.models.cache import (
     CompletionCache,
@@ -26,7 +26,7 @@ from pgjax.models.config import DecoderConfig
 from pgjax.models.layers import Layer, add_norm, kernel, normed, value
 from pgjax.models.moe import Routing
 from pgjax.models.rotary import rotary_tables, rotate
-from pgjax.parallel.sharding import batch_sharding, gather, row_ways
+from pgjax.parallel.sharding import batch_sharding, gather, row_ways, token_sharding
 
 Tables = tuple[Array, Array] | None
 # (kind, number of its cache array and index in it, query, key, value, sinks, cached keys, cached
@@ -226,12 +226,15 @@ class Decoder(nnx.Module):
         if positions is None:
             positions = jnp.arange(tokens.shape[1])
         tables = self._tables(positions)
+        attend_rows: Callable[..., Array] = attention.sequence_attention
+        if self.mesh is not None and split_rows.splits(self.mesh, tokens.shape[1]):
+            attend_rows = functools.partial(split_rows.split_attention, mesh=self.mesh)
 
         def of_kind(kind: int) -> Callable[..., tuple[Array, Any]]:
             def attend(query: Array, key: Array, new: Array, sinks: Any) -> tuple[Array, Any]:
                 query, key = _rotated(query, key, tables[kind])
                 key, new = key.swapaxes(1, 2), new.swapaxes(1, 2)
-                attended = attention.sequence_attention(
+                attended = attend_rows(
                     query,
                     key,
                     new,
@@ -334,10 +337,12 @@ class Decoder(nnx.Module):
         return x, (keys, values), chosen
 
     def _with_rows(self, x: Array) -> Array:
-        """Activations `[B, ...]` on the devices of their rows, all else of them whole."""
+        """Activations `[B, T, H]` on the devices of their rows and tokens, all else whole."""
         if self.mesh is None or self.mesh.size == 1 or x.shape[0] % row_ways(self.mesh):
             return x
-        return jax.lax.with_sharding_constraint(x, batch_sharding(self.mesh))
+        split = split_rows.splits(self.mesh, x.shape[1])
+        where = token_sharding(self.mesh) if split else batch_sharding(self.mesh)
+        return jax.lax.with_sharding_constraint(x, where)
 
     def _gathered(self, state: nnx.State) -> nnx.State:
         """One layer's matrices, gathered here and once for all that read them."""

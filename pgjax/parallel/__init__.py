@@ -28,6 +28,7 @@ from pgjax.parallel.sharding import (
     shardings,
     shardings_like,
     spec_for,
+    token_sharding,
 )
 
 __all__ = [
@@ -59,4 +60,5 @@ __all__ = [
     "shardings",
     "shardings_like",
     "spec_for",
+    "token_sharding",
 ]

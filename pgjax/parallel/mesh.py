@@ -1,4 +1,4 @@
-"""The device mesh: four named axes, of size 1 where unused."""
+"""The device mesh: five named axes, of size 1 where unused."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-AXES = ("data", "fsdp", "tensor", "expert")
+AXES = ("data", "fsdp", "tensor", "expert", "sequence")
 """`data` splits the batch; `fsdp` splits batch and parameters; `tensor` splits the inside of each
-layer; `expert` splits batch and experts."""
+layer; `expert` splits batch and experts; `sequence` splits the tokens of each row."""
 
 REST = -1
 

@@ -197,6 +197,11 @@ def batch_sharding(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXES))
 
 
+def token_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of activations `[B, T, ...]`: rows over `BATCH_AXES`, tokens over `sequence`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, "sequence"))
+
+
 def shard(tree: Any, shardings: Any) -> Any:
     """The tree's arrays, put where `shardings` says.
 
