@@ -3,6 +3,9 @@
 Problems with checkable answers (GSM8K- or MATH-style files, or generated ones) are put to the
 model; a verifier judges each completion's final answer; any objective of the library makes the
 right ones more likely, by all parameters or by adapters. The result is a checkpoint again.
+
+Exit status: 0; 2 where something is wrong with what was given; 3 where training stopped since
+numbers were not finite several steps in a row; 128 + n after signal n.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 A supervised warm-up on RandomCalculation gives a model with two habits, answering directly and
 writing out the worked lines; then any objective, with only the final answer's correctness as
 reward, makes it choose the better habit and sharpen it. Nothing is downloaded.
+
+Exit status: 0; 2 where something is wrong with what was given; 3 where training stopped since
+numbers were not finite several steps in a row; 128 + n after signal n.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import sys
 
 import pgjax as pg
 from experiments.random_calculation import config, report, run
+from experiments.shared import runs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,7 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
             f"  python -m experiments.grpo_random_calculation --resume{where}"
         )
         return 128 + stop.signal_number
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except pg.train.NonFinite as stuck:
+        return runs.explain(
+            stuck, program="grpo_random_calculation", out=settings.out, root=config.RUNS
+        )
+    except runs.USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if result is not None:

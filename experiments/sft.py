@@ -3,6 +3,9 @@
 The likelihood of the assistant's tokens alone is raised, by all parameters or by adapters; held-out
 problems tell, before and after, how often the final answer is right. The result is a checkpoint
 again, where `experiments.grpo_llm` can start.
+
+Exit status: 0; 2 where something is wrong with what was given; 3 where training stopped since
+numbers were not finite several steps in a row; 128 + n after signal n.
 """
 
 from __future__ import annotations

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import checkify
 
 
 def rank(name: str, value: Any, *ranks: int) -> None:
     """Raises ValueError unless `value.ndim` is one of `ranks`."""
-    if np.ndim(value) not in ranks:
+    shape = _shape(name, value)
+    if len(shape) not in ranks:
         wanted = " or ".join(str(r) for r in ranks)
-        raise ValueError(f"{name}: expected rank {wanted}, got shape {np.shape(value)}")
+        raise ValueError(f"{name}: expected rank {wanted}, got shape {shape}")
 
 
 def same_shape(**arrays: Any) -> None:
     """Raises ValueError unless all arrays (None is skipped) have the first one's shape."""
-    given = {name: np.shape(a) for name, a in arrays.items() if a is not None}
+    given = {name: _shape(name, a) for name, a in arrays.items() if a is not None}
     (first, shape), *rest = given.items()
     for name, other in rest:
         if other != shape:
@@ -29,22 +32,38 @@ def same_shape(**arrays: Any) -> None:
 def floating(**arrays: Any) -> None:
     """Raises ValueError unless every array (None is skipped) has a floating dtype."""
     for name, a in arrays.items():
-        if a is not None and not jnp.issubdtype(jnp.result_type(a), jnp.floating):
-            raise ValueError(f"{name}: expected a floating dtype, got {jnp.result_type(a)}")
+        if a is not None and not jnp.issubdtype(dtype := _dtype(name, a), jnp.floating):
+            raise ValueError(f"{name}: expected a floating dtype, got {dtype}")
 
 
 def integer(**arrays: Any) -> None:
     """Raises ValueError unless every array (None is skipped) has an integer dtype."""
     for name, a in arrays.items():
-        if a is not None and not jnp.issubdtype(jnp.result_type(a), jnp.integer):
-            raise ValueError(f"{name}: expected an integer dtype, got {jnp.result_type(a)}")
+        if a is not None and not jnp.issubdtype(dtype := _dtype(name, a), jnp.integer):
+            raise ValueError(f"{name}: expected an integer dtype, got {dtype}")
 
 
 def boolean(**arrays: Any) -> None:
     """Raises ValueError unless every array (None is skipped) has dtype bool."""
     for name, a in arrays.items():
-        if a is not None and jnp.result_type(a) != jnp.bool_:
-            raise ValueError(f"{name}: expected dtype bool, got {jnp.result_type(a)}")
+        if a is not None and (dtype := _dtype(name, a)) != jnp.bool_:
+            raise ValueError(f"{name}: expected dtype bool, got {dtype}")
+
+
+def _shape(name: str, value: Any) -> tuple[int, ...]:
+    try:
+        return np.shape(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: expected an array, got rows of unequal lengths") from error
+
+
+def _dtype(name: str, value: Any) -> Any:
+    """As JAX sees it: int32 for NumPy's int64, where 64 bits are not enabled."""
+    try:
+        return jnp.result_type(value)
+    except (TypeError, ValueError) as error:
+        kind = getattr(value, "dtype", type(value).__name__)
+        raise ValueError(f"{name}: expected an array of numbers, got {kind}") from error
 
 
 def in_range(
@@ -91,3 +110,22 @@ def segment_ids(name: str, ids: Any, num_segments: int) -> None:
             raise ValueError(
                 f"{name}: expected ids in [0, {num_segments}), got values in [{low}, {high}]"
             )
+
+
+def traced(holds: Any, message: str) -> None:
+    """An error under `jax.experimental.checkify` where a traced bool is false; else nothing.
+
+    Each use of `checkify.debug_check` numbers its error anew, and the number stays in the program,
+    where it keeps one that was compiled before, for another run say, from being found again. Here
+    a message keeps its number.
+    """
+    _check_with(message)(holds)
+
+
+@functools.cache
+def _check_with(message: str) -> Callable[[Any], None]:
+    @jax.jit
+    def check(holds: Any) -> None:
+        checkify.debug_check(holds, message)
+
+    return check

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import checkify
 from jaxtyping import Array, Bool, Float, Int
 
 from pgjax import _checks
@@ -283,7 +282,7 @@ def _check_ids(ids: Any, num_segments: int) -> None:
     if num_segments < 1:
         raise ValueError(f"num_segments: expected at least 1, got {num_segments}")
     if ids.size:
-        checkify.debug_check(
+        _checks.traced(
             jnp.all((ids >= 0) & (ids < num_segments)), f"ids: expected ids in [0, {num_segments})"
         )
 

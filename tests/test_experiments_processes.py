@@ -10,6 +10,8 @@ import pytest
 import tiny_checkpoint
 from test_processes import free_port
 
+from pgjax.train.metrics import repeats
+
 TINY = """
     --model.hidden-size 16 --model.num-layers 1 --model.num-heads 2 --model.num-kv-heads 2
     --model.mlp-size 32 --data-preset micro9 --warmup.steps 6 --warmup.levels 1 2
@@ -58,12 +60,9 @@ def command(program, arguments, processes, changes=None):
     return [(p.returncode, *o) for p, o in zip(running, outputs, strict=True)]
 
 
-TIMES = ("seconds", "seconds_waiting", "tokens/s")
-
-
 def records(directory):
     lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if repeats(k)} for line in lines]
 
 
 def same_records(one, two):

@@ -314,3 +314,15 @@ def test_more_errors():
         jax.jit(lambda i: segments.count(i, num_segments=0))(ids)
     with pytest.raises(ValueError, match="statistic: expected at least one axis"):
         segments.per_row(np.float32(1), ids)
+
+
+def test_a_program_made_again_is_the_same_text():
+    """So that a compiled one is found again, by another run or for another seed."""
+
+    def lowered():
+        def function(values, ids):
+            return segments.mean(values, ids, num_segments=3)
+
+        return jax.jit(function).lower(jnp.ones(4), jnp.zeros(4, jnp.int32)).as_text()
+
+    assert lowered() == lowered()

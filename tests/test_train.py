@@ -17,6 +17,7 @@ import optax
 import pytest
 
 import pgjax as pg
+from experiments.shared import kills
 from pgjax import train
 from pgjax.tasks import random_calculation as task
 
@@ -431,58 +432,14 @@ def finish(process):
     return process.returncode, output
 
 
-def final_params(directory):
-    """Every array of the last checkpoint, by name."""
-    import orbax.checkpoint as ocp
-
-    newest = max(int(p.name) for p in (directory / "checkpoints/rl").iterdir() if p.name.isdigit())
-    path = directory / "checkpoints/rl" / str(newest) / "state"
-    restored = ocp.StandardCheckpointer().restore(path)
-    leaves = jax.tree_util.tree_leaves_with_path(restored)
-    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in leaves}
-
-
-def test_killed_ten_times_the_run_ends_with_identical_parameters(environment, tmp_path):
-    """SIGKILL at random moments, ten times over one run: the end is the uninterrupted run's."""
-    # Long enough that ten short sittings cannot reach the end.
-    long = [*TINY, "--rl.steps", "60"]
-    code, output = finish(start(environment, *long, "--out", str(tmp_path / "whole")))
-    assert code == 0, output
-    rng = random.Random(0)
-    broken = tmp_path / "broken"
-    kills = 0
-    log = broken / "metrics.jsonl"
-    while kills < 10:
-        arguments = ["--out", str(broken)] + (
-            ["--resume"] if (broken / "config.json").exists() else long
-        )
-        process = start(environment, *arguments)
-        lines = len(log.read_text().splitlines()) if log.exists() else 0
-        goal = lines + rng.randint(1, 4)
-        deadline = time.monotonic() + 240
-        while process.poll() is None and time.monotonic() < deadline:
-            if log.exists() and len(log.read_text().splitlines()) >= goal:
-                time.sleep(rng.random() * 0.05)
-                break
-            time.sleep(0.005)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-            process.communicate()
-        else:
-            assert process.returncode == 0, process.communicate()[0]
-            break
-    code, output = finish(start(environment, "--out", str(broken), "--resume"))
-    assert code == 0, output
-    assert kills == 10
-    want, got = final_params(tmp_path / "whole"), final_params(broken)
-    assert set(want) == set(got) and len(want) > 10
-    for name in want:
-        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
-    steps = [r["step"] for r in train.metrics.read_metrics(broken) if r["phase"] == "rl"]
-    assert steps == list(range(1, 61))
-    results = [json.loads((d / "results.json").read_text()) for d in (tmp_path / "whole", broken)]
-    assert results[0]["after"] == results[1]["after"]
+def test_killed_ten_times_the_run_ends_with_identical_parameters(tmp_path):
+    """SIGKILL at random moments: each run ends as the uninterrupted one, every step once."""
+    moments = kills.moments(random.Random(0), 10)
+    environment = kills.environment(tmp_path)
+    tally = kills.run(tmp_path, moments, processes=1, seed=0, environment=environment)
+    assert len(tally.kills) == len(tally.lost) == 10 and tally.runs > 0
+    assert tally.mismatches == [] and tally.too_early == []
+    assert max(tally.lost) <= 2 * kills.INTERVAL
 
 
 def test_other_objective_and_optimizer_then_ctrl_c_and_resume(environment, tmp_path):

@@ -144,6 +144,10 @@ class Common:
     """Steps between checkpoints."""
     show_every: int = 20
     """Steps between sampled completions shown above the progress bar; 0 for none."""
+    profile: int | None = None
+    """Trace three steps from this one on, into `profile` of the directory."""
+    wandb: str | None = None
+    """Project of Weights & Biases to write metrics to as well."""
     export: bool = True
     """Write the trained model in Hugging Face's format at the end."""
     verifier_workers: int = 2

@@ -24,6 +24,7 @@ class Result:
     after: evaluation.Accuracy
     seconds: float
     tokens_per_second: float
+    time_shares: dict[str, float]
 
 
 def write_report(config: Common, result: Result, phase: str) -> None:
@@ -33,6 +34,7 @@ def write_report(config: Common, result: Result, phase: str) -> None:
         "after": result.after._asdict(),
         "seconds": result.seconds,
         "tokens_per_second": result.tokens_per_second,
+        "time_shares": result.time_shares,
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
@@ -87,5 +89,6 @@ def print_report(config: Any, result: Result) -> None:
         f"{result.tokens_per_second:,.0f} tokens/s (median over steps), "
         f"this sitting {result.seconds:.0f} s in all"
     )
+    rich.print(runs.shares_line(result.time_shares))
     for path in sorted(result.directory.iterdir()):
         print(f"  {path}{'/' if path.is_dir() else ''}")

@@ -53,7 +53,9 @@ class Run:
         self.directory = config.out or runs.next_run(root)
         runs.claim(self.directory, config)
         first = pg.parallel.is_first()
-        self.writer = pg.train.metrics.MetricsWriter(self.directory) if first else None
+        self.writer = (
+            pg.train.metrics.MetricsWriter(self.directory, wandb=config.wandb) if first else None
+        )
 
     def place(self, batch: Any) -> Any:
         """Spreads the rows of a batch over the mesh."""
@@ -82,6 +84,7 @@ class Run:
                 checkpoints=saved,
                 checkpoint_every=self.config.checkpoint_every,
                 metadata={"config": json.loads((self.directory / "config.json").read_text())},
+                profile=runs.profile(self.directory, self.config.profile),
                 evaluate=self.validate,
                 evaluate_every=self.config.evaluation.every,
                 **options,
@@ -137,6 +140,7 @@ class Run:
             tokens_per_second=float(
                 np.median([r["tokens/s"] for r in records if r["phase"] == phase])
             ),
+            time_shares=runs.time_shares(records, phase),
         )
         report.write_report(self.config, result, phase)
         return result
@@ -180,6 +184,7 @@ def reinforce(config: GRPOConfig) -> report.Result | None:
             group_size=rl.samples if objective.whole_groups else None,
             state_shardings=pg.train.shardings(state),
         )
+        update = pg.train.keep_skipped(update, runs.skipped(run.directory, "rl"))
         shown = _Completions(policy, config.show_every)
         train = run.parts.train
         inner = text.make_text_step(
@@ -263,12 +268,14 @@ def fine_tune(config: SFTConfig) -> report.Result | None:
             num_microbatches=tuning.microbatches,
             state_shardings=pg.train.shardings(state),
         )
+        update = pg.train.keep_skipped(update, runs.skipped(run.directory, "sft"))
 
         def step(state: pg.train.TrainState, batch: Any) -> Any:
             given = run.place({name: batch[name] for name in ("tokens", "mask")})
             rollout = pg.train.demonstrations(given["tokens"], given["mask"])
             state, metrics = update(state, rollout, None, policy.frozen)
-            shown = {name: metrics[name] for name in ("loss", "gradient_norm", "entropy")}
+            names = ("loss", "gradient_norm", "entropy", "skipped_updates")
+            shown = {name: metrics[name] for name in names}
             return state, {**shown, "tokens": given["mask"].sum()}
 
         state = run.fit(
@@ -331,7 +338,10 @@ def main(
         where = "" if settings.out is None else f" --out {settings.out}"
         print(f"\n{stop}. Continue with:\n  python -m experiments.{program} --resume{where}")
         return 128 + stop.signal_number
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+    except pg.train.NonFinite as stuck:
+        root = GRPO_RUNS if program == "grpo_llm" else SFT_RUNS
+        return runs.explain(stuck, program=program, out=settings.out, root=root)
+    except runs.USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if result is not None:

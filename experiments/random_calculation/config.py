@@ -91,6 +91,17 @@ class RL:
 
 
 @dataclasses.dataclass(frozen=True)
+class Placement:
+    """Sampling on devices of its own, while the others learn from what was sampled before."""
+
+    sampling_mesh: str = ""
+    """Devices that only sample, by axis, such as data=4: the last ones; `mesh` is of the others.
+    Default: all devices sample and learn in turn."""
+    staleness: int = 1
+    """Updates between sampling and learning, with a sampling mesh."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
     """Held-out accuracy."""
 
@@ -136,11 +147,16 @@ class Config:
     """Start from the warmed-up model of another run's directory instead of warming up."""
     mesh: str = ""
     """Devices by axis, such as data=2,fsdp=4; default: all devices along data."""
+    placement: Placement = Placement()
     processes: runs.Processes = runs.ALONE
     checkpoint_every: int = 50
     """Steps between checkpoints."""
     show_every: int = 50
     """Steps between sampled completions shown above the progress bar; 0 for none."""
+    profile: int | None = None
+    """Trace three steps of the reinforcement from this one on, into `profile` of the directory."""
+    wandb: str | None = None
+    """Project of Weights & Biases to write metrics to as well."""
     model: Model = Model()
     warmup: Warmup = Warmup()
     rl: RL = RL()

@@ -24,6 +24,7 @@ class Result:
     after: dict[int, evaluation.Accuracy]
     seconds: dict[str, float]
     tokens_per_second: float
+    time_shares: dict[str, float]
 
 
 def write_report(config: Config, result: Result) -> None:
@@ -33,6 +34,7 @@ def write_report(config: Config, result: Result) -> None:
         "after": {n: a._asdict() for n, a in result.after.items()},
         "seconds": result.seconds,
         "tokens_per_second": result.tokens_per_second,
+        "time_shares": result.time_shares,
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
@@ -92,5 +94,6 @@ def print_report(config: Config, result: Result) -> None:
         f"warm-up {seconds['warmup']:.0f} s, reinforcement {seconds['rl']:.0f} s, "
         f"this sitting {seconds['total']:.0f} s in all"
     )
+    rich.print(runs.shares_line(result.time_shares))
     for path in sorted(result.directory.iterdir()):
         print(f"  {path}{'/' if path.is_dir() else ''}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pgjax as pg
-from experiments.random_calculation import build, report
+from experiments.random_calculation import build, placement, report
 from experiments.random_calculation.config import Config, next_run
 from experiments.shared import runs
 from pgjax.tasks import random_calculation as task
@@ -26,7 +27,7 @@ class Run:
         runs.join(config)
         # What can be wrong with a command line is said before anything is made.
         self.objective = build.make_objective(config)
-        self.mesh = pg.parallel.make_mesh(config.mesh)
+        self.mesh, self.sampling_mesh = placement.meshes(config)
         if config.warmup_from is not None:
             warmed_up = config.warmup_from / "checkpoints" / "warmed_up"
             if not warmed_up.is_dir():
@@ -48,7 +49,9 @@ class Run:
             axes["value_head"] = pg.models.value_head_logical_axes()
         self.shardings = pg.parallel.shardings(axes, self.mesh, shapes=self.params)
         first = pg.parallel.is_first()
-        self.writer = pg.train.metrics.MetricsWriter(self.directory) if first else None
+        self.writer = (
+            pg.train.metrics.MetricsWriter(self.directory, wandb=config.wandb) if first else None
+        )
 
     def place(self, batch: Any) -> Any:
         """Spreads the rows of a batch over the mesh."""
@@ -196,58 +199,80 @@ class Run:
             group_size=rl.samples if self.objective.whole_groups else None,
             state_shardings=pg.train.shardings(state),
         )
+        update = pg.train.keep_skipped(update, runs.skipped(self.directory, "rl"))
         shown: list[str] = []
 
         def show(at: int, samples: Any, rewards: Any) -> None:
             if config.show_every and at % config.show_every == 0:
                 shown[:] = completions(*pg.parallel.fetch((samples, rewards)), count=4)
 
-        inner = text.make_text_step(
-            self.decoder,
-            update,
-            build.make_reward(config, self.decoder, reference),
-            num_samples=rl.samples,
-            max_new_tokens=self.max_new_tokens,
-            stop_tokens=(task.EOS,),
-            temperature=rl.temperature,
-            reference_params=reference,
-            extras=build.answers,
-            on_samples=show,
+        own = runs.share(self.mesh, "rl.prompts", rl.prompts)
+        batches: Any = pg.tasks.prompts_loader(
+            self.sources["train"],
+            prompt_length=self.prompt_length,
+            num_prompts=own.rows,
+            levels=rl.levels,
+            seed=config.seed,
+            shard_index=own.part,
+            shard_count=own.parts,
         )
+        sampling: dict[str, Any] = {
+            "num_samples": rl.samples,
+            "max_new_tokens": self.max_new_tokens,
+            "stop_tokens": (task.EOS,),
+            "temperature": rl.temperature,
+            "extras": build.answers,
+            "on_samples": show,
+        }
+        begun: Any = state
+        step: Any
+        with contextlib.ExitStack() as stack:
+            if self.sampling_mesh is None:
+                inner = text.make_text_step(
+                    self.decoder,
+                    update,
+                    build.make_reward(config, self.decoder, reference),
+                    reference_params=reference,
+                    **sampling,
+                )
 
-        def step(state: pg.train.TrainState, batch: Any) -> Any:
-            return inner(state, self.place(batch))
+                def step(state: Any, batch: Any) -> Any:
+                    return inner(state, self.place(batch))
 
-        def validate(state: pg.train.TrainState) -> dict[str, float]:
+            else:
+                split = placement.split_step(
+                    config, self.decoder, self.mesh, self.sampling_mesh, update, reference, sampling
+                )
+                step = stack.enter_context(split)
+                begun, batches = split.init(state), pg.train.Lookahead(batches, split.staleness)
+            return self.learn(begun, step, batches, shown)
+
+    def learn(self, state: Any, step: Any, batches: Any, shown: list[str]) -> Any:
+        """The decoder's parameters after the steps of reinforcement."""
+        config = self.config
+
+        def validate(state: Any) -> dict[str, float]:
             count = config.evaluation.validation_prompts
             levels = self.evaluate("validation", count, state.params["decoder"])
             metrics = {f"accuracy/level {n}": a.average for n, a in levels.items()}
             metrics |= {f"length/level {n}": a.length for n, a in levels.items()}
             return {**metrics, "accuracy": float(np.mean([a.average for a in levels.values()]))}
 
-        def pop_shown(at: int, state: pg.train.TrainState) -> str | None:
+        def pop_shown(at: int, state: Any) -> str | None:
             text, shown[:] = "\n".join(shown), []
             return text or None
 
-        own = runs.share(self.mesh, "rl.prompts", rl.prompts)
         state = self.fit(
             "rl",
             state,
             step,
-            pg.tasks.prompts_loader(
-                self.sources["train"],
-                prompt_length=self.prompt_length,
-                num_prompts=own.rows,
-                levels=rl.levels,
-                seed=config.seed,
-                shard_index=own.part,
-                shard_count=own.parts,
-            ),
-            rl.steps,
+            batches,
+            config.rl.steps,
             evaluate=validate,
             evaluate_every=config.evaluation.every,
             progress_fields=("reward", "approx_kl", "entropy", "tokens/s"),
             on_step=pop_shown,
+            profile=runs.profile(self.directory, config.profile),
         )
         return state.params["decoder"]
 
@@ -291,7 +316,8 @@ def run(config: Config) -> report.Result | None:
     }
     seconds["total"] = time.perf_counter() - started
     speed = float(np.median([r["tokens/s"] for r in records if r["phase"] == "rl"]))
-    result = report.Result(this.directory, before, after, seconds, speed)
+    shares = runs.time_shares(records, "rl")
+    result = report.Result(this.directory, before, after, seconds, speed, shares)
     report.write_report(config, result)
     return result
 

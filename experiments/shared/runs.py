@@ -22,6 +22,13 @@ import pgjax as pg
 _Config = TypeVar("_Config")
 
 
+USER_ERRORS = (
+    *(ValueError, ImportError, FileNotFoundError, FileExistsError),
+    *(NotADirectoryError, PermissionError),
+)
+"""What an experiment says in one line: a mistake in its input, or in what it was given to use."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Processes:
     """Several processes, one command each; the directory of the run is on a disk they share."""
@@ -35,6 +42,7 @@ class Processes:
 
 
 ALONE = Processes()
+NON_FINITE = 3  # exit status
 
 
 class Share(NamedTuple):
@@ -158,6 +166,50 @@ def curve(
     """Steps and values of a metric in one phase of a run's records, for a plot."""
     rows = [r for r in records if r["phase"] == phase and name in r]
     return np.array([r["step"] for r in rows]), np.array([r[name] for r in rows])
+
+
+def profile(directory: pathlib.Path, first: int | None) -> pg.train.Profile | None:
+    """Three steps to trace from `first` on, if one is given."""
+    return None if first is None else pg.train.Profile(directory / "profile", first)
+
+
+def time_shares(records: Sequence[Mapping[str, Any]], phase: str) -> dict[str, float]:
+    """What the steps of a phase spent their time on, as shares; of the median step."""
+    rows = [r for r in records if r["phase"] == phase and r["seconds"] > 0]
+    names = sorted({n for r in rows for n in r if n.startswith("seconds_")} - {"seconds_compiling"})
+    return {
+        name.removeprefix("seconds_"): float(
+            np.median([r.get(name, 0.0) / r["seconds"] for r in rows])
+        )
+        for name in names
+    }
+
+
+def shares_line(shares: Mapping[str, float]) -> str:
+    return "of a step: " + ", ".join(f"{name} {100 * x:.0f}%" for name, x in shares.items())
+
+
+def skipped(directory: pathlib.Path, phase: str) -> pathlib.Path:
+    """Where a phase's batches go whose update was skipped."""
+    return directory / "skipped" / phase
+
+
+def explain(
+    stop: pg.train.NonFinite, *, program: str, out: pathlib.Path | None, root: pathlib.Path
+) -> int:
+    """Says why training stopped, what the batches have to do with it and how to go on.
+
+    Returns:
+      the exit status.
+    """
+    directory = newest_run(root) if out is None else out
+    where = "" if out is None else f" --out {out}"
+    print(
+        f"\n{stop}.\n{pg.train.describe_skipped(skipped(directory, stop.phase))}\n"
+        "Read a batch with pgjax.train.load_skipped. The parameters are those before the skipped "
+        f"steps; continue with:\n  python -m experiments.{program} --resume{where}"
+    )
+    return NON_FINITE
 
 
 def load_config(cls: type[_Config], directory: pathlib.Path) -> _Config:

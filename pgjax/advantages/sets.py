@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import checkify
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from pgjax import _checks
@@ -292,7 +291,7 @@ def group_order(
                 f"got one on {int(np.asarray(size)[~np.asarray(whole)][0])}"
             )
     else:
-        checkify.debug_check(jnp.all(whole), f"group_ids: expected every id on {group_size} rows")
+        _checks.traced(jnp.all(whole), f"group_ids: expected every id on {group_size} rows")
     return order, whole
 
 
@@ -332,7 +331,7 @@ def check_unit_interval(name: str, values: Any) -> None:
             )
         return
     inside = ~jnp.any((values < 0) | (values > 1))
-    checkify.debug_check(inside, f"{name}: expected numbers in [0, 1]")
+    _checks.traced(inside, f"{name}: expected numbers in [0, 1]")
 
 
 def _over(total: Array, count: Array) -> Array:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jax.experimental import checkify
 from jaxtyping import Array, Bool, Float
 
 from pgjax import _checks, advantages, aggregate, masks, segments, surrogates
@@ -252,6 +251,6 @@ def _check_demonstrated(wanted: Array, given: Array) -> None:
     )
     missing = wanted & ~given
     if not _checks.is_concrete(missing):
-        checkify.debug_check(~jnp.any(missing), message)
+        _checks.traced(~jnp.any(missing), message)
     elif getattr(missing, "is_fully_addressable", True) and bool(jnp.any(missing)):
         raise ValueError(f"{message}, got {int(jnp.sum(missing))} prompts without")

@@ -162,11 +162,17 @@ class Objective:
         return _without_old(full), jax.lax.stop_gradient(memory)
 
     def _prepared(self, rollout: Rollout) -> Rollout:
-        _check_rollout(rollout)
+        check_rollout(rollout)
         self._check_present("rollout", rollout, ROLLOUT_NEEDS)
         for name in sorted(self.old_needs):
             if rollout.old is None or getattr(rollout.old, name) is None:
                 raise ValueError(f"rollout.old.{name}: this objective needs it, got None")
+            for array in jax.tree.leaves(getattr(rollout.old, name)):
+                if array.shape[:1] != rollout.tokens.shape[:1]:
+                    raise ValueError(
+                        f"rollout.old.{name}: expected {rollout.tokens.shape[0]} rows like tokens, "
+                        f"got shape {array.shape}"
+                    )
         rollout = jax.lax.stop_gradient(rollout)
         rollout = rollout.replace(group_ids=segments.dense_ids(rollout.group_ids))
         if self.memory is not None and rollout.memory is None:
@@ -317,31 +323,48 @@ def _without_old(rollout: Rollout) -> Rollout:
     return rollout.replace(old=None, memory=None)
 
 
-def _check_rollout(rollout: Rollout) -> None:
+def check_rollout(rollout: Rollout) -> None:
+    """Raises ValueError, naming the field, where shapes or dtypes are not a rollout's.
+
+    Of what the arrays hold nothing is looked at.
+    """
+    if not isinstance(rollout, Rollout):
+        raise ValueError(f"rollout: expected a pgjax.Rollout, got {type(rollout).__name__}")
+    apart = ("old", "extras", "memory")
+    names = [f.name for f in dataclasses.fields(rollout) if f.name not in apart]
+    fields = {name: getattr(rollout, name) for name in names}
+    required = ("tokens", "mask", "behavior_logprobs", "rewards", "group_ids")
+    given = {n: x for n, x in fields.items() if x is not None or n in required}
+    given |= {f"extras[{name!r}]": x for name, x in (rollout.extras or {}).items()}
+    for name, array in given.items():
+        if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+            raise ValueError(f"{name}: expected an array, got {type(array).__name__}")
     _checks.rank("tokens", rollout.tokens, 2)
-    _checks.integer(tokens=rollout.tokens, group_ids=rollout.group_ids)
-    _checks.boolean(mask=rollout.mask)
-    _checks.floating(behavior_logprobs=rollout.behavior_logprobs, rewards=rollout.rewards)
-    _checks.same_shape(
-        tokens=rollout.tokens,
-        mask=rollout.mask,
-        behavior_logprobs=rollout.behavior_logprobs,
-        reference_logprobs=rollout.reference_logprobs,
-        proximal_logprobs=rollout.proximal_logprobs,
-        values=rollout.values,
-        turn_ids=rollout.turn_ids,
-    )
-    batch = rollout.tokens.shape[0]
-    if batch == 0:
-        raise ValueError("tokens: expected at least one sequence, got shape (0, ...)")
-    _checks.rank("rewards", rollout.rewards, 1, 2)
-    for name in ("rewards", "group_ids", "truncated", "trajectory_ids"):
-        array = getattr(rollout, name)
-        if array is not None and array.shape[0] != batch:
-            raise ValueError(f"{name}: expected {batch} rows like tokens, got {array.shape[0]}")
-    for name, array in (rollout.extras or {}).items():
-        if array.shape not in ((batch,), rollout.tokens.shape):
+    batch, length = shape = rollout.tokens.shape
+    if batch == 0 or length == 0:
+        raise ValueError(
+            f"tokens: expected at least one sequence of at least one token, got shape {shape}"
+        )
+    for name in ("tokens", "group_ids", "trajectory_ids", "turn_ids", "experts"):
+        _checks.integer(**{name: fields[name]})
+    _checks.boolean(mask=rollout.mask, truncated=rollout.truncated)
+    logprobs = ("behavior_logprobs", "reference_logprobs", "proximal_logprobs")
+    per_token = (*logprobs, "values", "returns", "loss_weights", "multipliers")
+    for name in ("rewards", "advantages", *per_token):
+        _checks.floating(**{name: fields[name]})
+    _checks.same_shape(**{n: fields[n] for n in ("tokens", "mask", "turn_ids", *per_token)})
+    for name, array in given.items():
+        if name.startswith("extras") and array.shape not in ((batch,), shape):
+            raise ValueError(f"{name}: expected shape {(batch,)} or {shape}, got {array.shape}")
+        if array.shape[:1] != (batch,):
+            raise ValueError(f"{name}: expected {batch} rows like tokens, got shape {array.shape}")
+        if array.shape[1:] and array.shape[1] != length:
             raise ValueError(
-                f"extras[{name!r}]: expected shape {(batch,)} or {rollout.tokens.shape}, "
-                f"got {array.shape}"
+                f"{name}: expected {length} columns like tokens, got shape {array.shape}"
             )
+        if name in ("group_ids", "truncated", "trajectory_ids"):
+            _checks.rank(name, array, 1)
+        elif name in ("rewards", "advantages"):
+            _checks.rank(name, array, 1, 2)
+        elif name == "experts":
+            _checks.rank(name, array, 4)

@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import checkify
 from jaxtyping import Array, Bool, Float, Int
 
 from pgjax import _checks, aggregate, logprobs, segments
@@ -222,6 +221,6 @@ def kl_hinge(
 def _check_binary(rewards: Array, binary: Array) -> None:
     message = "rewards: expected 0 or 1"
     if not _checks.is_concrete(rewards):
-        checkify.debug_check(jnp.all(binary), message)
+        _checks.traced(jnp.all(binary), message)
     elif getattr(rewards, "is_fully_addressable", True) and not bool(jnp.all(binary)):
         raise ValueError(f"{message}, got {rewards[~binary][:4].tolist()}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 import time
@@ -15,6 +16,7 @@ import jax
 from pgjax import parallel
 from pgjax.train import checkpoints as checkpointing
 from pgjax.train import metrics as recording
+from pgjax.train import observing
 from pgjax.train.state import TrainState
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
@@ -34,6 +36,23 @@ class Interrupted(RuntimeError):
     def __init__(self, phase: str, step: int, signal_number: int) -> None:
         super().__init__(f"{phase}: stopped by {signal.Signals(signal_number).name} at step {step}")
         self.phase, self.step, self.signal_number = phase, step, signal_number
+
+
+class NonFinite(RuntimeError):
+    """Several updates in a row were skipped; `step` is the last, up to which the run is saved.
+
+    A number that is not finite is behind each: see `make_update` and `keep_skipped`.
+    """
+
+    def __init__(
+        self, phase: str, step: int, *, skipped: int, loss: float, gradient_norm: float
+    ) -> None:
+        super().__init__(
+            f"{phase}: {skipped} steps in a row skipped, the last of them step {step}: "
+            f"last loss {loss}, gradient norm {gradient_norm}"
+        )
+        self.phase, self.step, self.skipped = phase, step, skipped
+        self.loss, self.gradient_norm = loss, gradient_norm
 
 
 class _StopSignal:
@@ -82,6 +101,8 @@ def fit(
     evaluate_every: int = 0,
     progress_fields: tuple[str, ...] = ("reward", "entropy", "tokens/s"),
     on_step: Callable[[int, TrainState], str | None] | None = None,
+    max_skipped: int = 5,
+    profile: observing.Profile | None = None,
 ) -> TrainState:
     """Runs `step` from the state's own step count to `num_steps`.
 
@@ -106,15 +127,26 @@ def fit(
       evaluate_every: steps between evaluations, 0 for none; the last step is always evaluated.
       progress_fields: metrics shown beside the progress bar.
       on_step: called after every step; a string it returns is printed above the progress bar.
+      max_skipped: steps in a row with a metric `skipped_updates` above 0 (see `make_update`) after
+        which the run is saved and stops; 0: it never does. A resumed run counts from 0.
+      profile: steps to trace.
+
+    Records have, beside the step's metrics, `seconds` and `seconds_waiting` (for the batch), the
+    step's `compilations` and `seconds_compiling`, and `device_memory_peak` where devices tell.
 
     Returns:
       the state at `num_steps`.
 
     Raises:
       Interrupted: after a stop signal.
+      NonFinite: after `max_skipped` skipped steps in a row.
+      ValueError: a `max_skipped` below 0.
       StopIteration: never silently: a `batches` that ends raises RuntimeError.
     """
+    if max_skipped < 0:
+        raise ValueError(f"max_skipped: expected at least 0, got {max_skipped}")
     start = int(state.step)
+    skipped = 0  # steps in a row
     evaluated: dict[str, float] = {}  # of the current state, empty where it was not evaluated
 
     def save(at: int) -> None:
@@ -127,6 +159,7 @@ def fit(
             )
 
     with (
+        contextlib.closing(profile) if profile is not None else contextlib.nullcontext(),
         _deferred_signals() as stop,
         recording.progress(
             num_steps,
@@ -139,7 +172,9 @@ def fit(
         if checkpoints is not None and start == 0 and checkpoints.latest_step() is None:
             save(0)
         for at in range(start + 1, num_steps + 1):
-            began = time.perf_counter()
+            if profile is not None:
+                profile.before(at)
+            watch, began = observing.Watch(), time.perf_counter()
             try:
                 batch = next(batches)
             except StopIteration as error:
@@ -148,16 +183,20 @@ def fit(
             state, metrics = step(state, batch)
             values = _host(metrics)
             seconds = time.perf_counter() - began
+            if profile is not None:
+                profile.after(at)
+            observed = watch.read()
             if "tokens" in values:
                 values["tokens/s"] = values["tokens"] / seconds
             if writer is not None:
-                writer.write(
-                    at, values | {"seconds": seconds, "seconds_waiting": waited}, phase=phase
-                )
+                times = {"seconds": seconds, "seconds_waiting": waited}
+                writer.write(at, values | times | observed, phase=phase)
             bar.advance(values)
             message = on_step(at, state) if on_step is not None else None
             if message:
                 bar.print(message)
+            skipped = skipped + 1 if values.get("skipped_updates", 0.0) > 0 else 0
+            stuck = 0 < max_skipped <= skipped
             last = at == num_steps
             evaluated = {}
             if evaluate is not None and (last or (evaluate_every and at % evaluate_every == 0)):
@@ -165,8 +204,18 @@ def fit(
                 if writer is not None:
                     writer.write(at, evaluated, phase=f"{phase}_evaluation")
             stopped_by = parallel.any_of(stop.number or 0)
-            if last or at % checkpoint_every == 0 or stopped_by:
+            if last or at % checkpoint_every == 0 or stopped_by or stuck:
                 save(at)
+            if stuck:
+                if checkpoints is not None:
+                    checkpoints.wait()
+                raise NonFinite(
+                    phase,
+                    at,
+                    skipped=skipped,
+                    loss=values.get("loss", math.nan),
+                    gradient_norm=values.get("gradient_norm", math.nan),
+                )
             if stopped_by and not last:
                 if checkpoints is not None:
                     checkpoints.wait()

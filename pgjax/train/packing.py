@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pgjax import _checks
@@ -44,11 +45,19 @@ def plan(lengths: Int[Array, " B"], *, width: int) -> Plan:
       width: T, tokens of a packed row.
 
     Raises:
-      ValueError: wrong rank or dtype, a width below 1.
+      ValueError: wrong rank or dtype, a width below 1, concrete lengths out of range.
     """
     _checks.rank("lengths", lengths, 1)
     _checks.integer(lengths=lengths)
     _checks.in_range("width", width, 1)
+    if _checks.is_concrete(lengths) and getattr(lengths, "is_fully_addressable", True):
+        values = np.asarray(lengths)
+        if np.any((values < 0) | (values > width)):
+            raise ValueError(
+                f"lengths: expected numbers in [0, {width}], "
+                f"got values in [{values.min()}, {values.max()}]"
+            )
+    lengths = jnp.asarray(lengths)
     order = jnp.argsort(-lengths, stable=True)
 
     def place(used: Array, sequence: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -72,7 +81,18 @@ def pack(tokens: Int[Array, "B T"], plan: Plan, *, num_rows: int) -> Packed:
       tokens: right-padded; what lies behind a sequence's length is left out.
       plan: of these sequences, for rows of T tokens.
       num_rows: R, at least `plan.rows`; sequences in rows beyond are left out.
+
+    Raises:
+      ValueError: wrong rank or dtype, another number of sequences than planned, no rows.
     """
+    _checks.rank("tokens", tokens, 2)
+    _checks.integer(tokens=tokens)
+    _checks.in_range("num_rows", num_rows, 1)
+    if tokens.shape[0] != plan.lengths.shape[0]:
+        raise ValueError(
+            f"tokens: expected {plan.lengths.shape[0]} rows, one for each planned sequence, "
+            f"got shape {tokens.shape}"
+        )
     batch, width = tokens.shape
     column = jnp.arange(width)
     target = (plan.row * width + plan.start)[:, None] + column

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pgjax import _checks, sampling
+from pgjax.objectives.objective import check_rollout
 from pgjax.types import Rollout
 
 
@@ -28,7 +29,7 @@ def to_rollout(
       the rollout, its `behavior_logprobs` under the distribution that was sampled from.
 
     Raises:
-      ValueError: a wrong number of rewards.
+      ValueError: a wrong number of rewards, a field of a wrong shape or dtype.
     """
     _checks.rank("rewards", rewards, 1, 2)
     _checks.floating(rewards=rewards)
@@ -37,7 +38,7 @@ def to_rollout(
             f"rewards: expected {samples.tokens.shape[0]} rows, one per completion, "
             f"got {rewards.shape[0]}"
         )
-    return Rollout(
+    rollout = Rollout(
         tokens=samples.tokens,
         mask=samples.mask,
         behavior_logprobs=samples.behavior_logprobs,
@@ -47,6 +48,8 @@ def to_rollout(
         experts=samples.experts,
         extras=extras,
     )
+    check_rollout(rollout)
+    return rollout
 
 
 def demonstrations(tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Rollout:

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from pgjax import models, parallel, rewards, sampling
+from pgjax.train.collecting import PromptBatch, RewardFunction, make_collect
 from pgjax.train.loop import Step
 from pgjax.train.partial import combine
-from pgjax.train.rollouts import to_rollout
 from pgjax.train.state import TrainState
 from pgjax.train.update import Update
 from pgjax.types import Rollout
-
-# A batch of prompts: `prompts` int32[P, Tp], `prompt_lengths` int32[P], and whatever the reward
-# function reads, one row per prompt.
-PromptBatch = Mapping[str, Any]
-RewardFunction = Callable[[sampling.Samples, PromptBatch, PRNGKeyArray], Float[Array, " B"]]
 
 _log = logging.getLogger("pgjax.train")
 
@@ -69,36 +65,34 @@ def make_text_step(
       on_samples: called with step, samples and rewards, for showing completions.
 
     Returns:
-      the step. Its metrics are the update's, and `tokens`, sampled in this step.
+      the step. Its metrics are the update's, `tokens`, sampled in this step, and how long it took
+      (`seconds_sampling`, `seconds_rewarding`, `seconds_learning`, preparation included).
     """
 
+    collect = make_collect(
+        decoder,
+        reward,
+        num_samples=num_samples,
+        max_new_tokens=max_new_tokens,
+        stop_tokens=stop_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        generate=generate,
+        extras=extras,
+        on_samples=on_samples,
+    )
+
     def step(state: TrainState, batch: PromptBatch) -> tuple[TrainState, dict[str, Any]]:
-        key = jax.random.fold_in(state.key, state.step)
-        sample_key, reward_key = jax.random.split(key)
         params = combine(state.params, frozen)
-        samples = generate(
-            decoder,
-            params["decoder"],
-            batch["prompts"],
-            batch["prompt_lengths"],
-            sample_key,
-            num_samples=num_samples,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            stop_tokens=tuple(stop_tokens),
-        )
-        scores = reward(samples, batch, reward_key)
-        if on_samples is not None:
-            on_samples(int(state.step) + 1, samples, scores)
-        facts = None if extras is None else extras(samples, batch)
-        rollout = to_rollout(samples, scores, extras=facts)
+        rollout, collected = collect(params, state.key, state.step, batch)
+        began = time.perf_counter()
         if prepare is not None:
             rollout = prepare(params, rollout)
         state, metrics = update(state, rollout, reference_params, frozen)
-        return state, {**metrics, "tokens": samples.mask.sum()}
+        jax.block_until_ready(metrics)
+        return state, {**metrics, **collected, "seconds_learning": time.perf_counter() - began}
 
     return step
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from pgjax.aggregate import masked_mean
 from pgjax.objectives import Objective
-from pgjax.objectives.objective import groups_without_signal
+from pgjax.objectives.objective import check_rollout, groups_without_signal
 from pgjax.train.outputs import OutputsFunction
 from pgjax.train.partial import combine
 from pgjax.train.state import TrainState
@@ -100,6 +100,11 @@ def make_update(
     `num_epochs` passes over `num_minibatches` shuffled minibatches, one optimizer step each, whose
     gradient is accumulated over `num_microbatches`.
 
+    A step whose loss, gradient norm or update norm is not finite is skipped: parameters and
+    optimizer state stay what they were, to the bit, and the next minibatch goes on from there. So
+    does the memory where the batch would put a number into it that is not finite. `state.step`
+    counts all the same. See `train.keep_skipped` for what to do about such batches.
+
     Args:
       outputs: `(params, rollout, needs) -> PolicyOutputs`, of whole parameters.
       objective: any `pgjax.Objective`.
@@ -120,13 +125,15 @@ def make_update(
     Returns:
       the update. Its metrics are f32 scalars: the objective's diagnostics (means over the optimizer
       steps; min and max of extremes), `loss`, `gradient_norm` (before the optimizer),
-      `update_norm`, and of the batch `reward`, `reward_std`, `completion_length`, `truncated`.
+      `update_norm`, `skipped_updates` (how many optimizer steps of this call were skipped; what
+      is measured on those is as it came out, NaN mostly), and of the batch `reward`,
+      `reward_std`, `completion_length`, `truncated`.
 
     Raises:
       ValueError: counts below 1, or an objective that compares samples of a group in a batch that
-        is cut without `group_size`, here; at trace time, a batch size that the counts do not
-        divide, a needed reference policy that was not given, a state without the memory that the
-        objective needs.
+        is cut without `group_size`, here; at trace time, a field of the rollout of a wrong shape or
+        dtype, a batch size that the counts do not divide, a needed reference policy that was not
+        given, a state without the memory that the objective needs.
     """
     for name, value in {
         "num_epochs": num_epochs,
@@ -233,14 +240,17 @@ def make_update(
     ) -> tuple[tuple[Any, optax.OptState], Metrics]:
         params, opt_state = carry
         grads, value, out = gradient(policy, params, minibatch)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
+        updates, new_opt_state = optimizer.update(grads, opt_state, params)
         metrics = _diagnostics(objective, out, minibatch)
-        metrics |= {
+        numbers = {
             "loss": value,
             "gradient_norm": optax.tree.norm(grads),
             "update_norm": optax.tree.norm(updates),
         }
-        return (optax.apply_updates(params, updates), opt_state), metrics
+        finite = jnp.all(jnp.isfinite(jnp.stack([*numbers.values()])))
+        metrics |= numbers | {"skipped_updates": 1.0 - finite.astype(jnp.float32)}
+        new = (optax.apply_updates(params, updates), new_opt_state)
+        return _either(finite, new, carry), metrics
 
     def update(
         state: TrainState,
@@ -251,6 +261,7 @@ def make_update(
         def policy(params: Any, rollout: Rollout, needs: frozenset[str]) -> PolicyOutputs:
             return outputs(combine(params, frozen), rollout, needs)
 
+        check_rollout(rollout)
         step = functools.partial(optimizer_step, policy)
         batch = rollout.tokens.shape[0]
         if batch % (num_minibatches * num_microbatches * unit):
@@ -267,6 +278,8 @@ def make_update(
         rollout = fill(policy, state.params, rollout, reference_params)
         batch_metrics = _batch_metrics(rollout)
         prepared, memory = objective.prepare_and_remember(rollout.replace(memory=state.memory))
+        if objective.memory is not None:
+            memory = _either(_stays_finite(memory, state.memory), memory, state.memory)
         carry = (state.params, state.opt_state)
         if num_epochs == num_minibatches == 1:
             carry, metrics = step(carry, prepared)
@@ -293,7 +306,33 @@ def make_update(
     return jax.jit(update, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
-_REDUCE = {"ratio_min": jnp.min, "ratio_max": jnp.max}
+_REDUCE: dict[str, Callable[[Array], Array]] = {
+    "ratio_min": jnp.min,
+    "ratio_max": jnp.max,
+    "skipped_updates": jnp.sum,
+}
+
+
+def _either(condition: Array, new: Any, old: Any) -> Any:
+    """`new` where the scalar condition holds, else `old`, in the dtypes of `new`."""
+
+    def choose(new: Any, old: Any) -> Array:
+        if not jnp.issubdtype(jnp.result_type(new), jax.dtypes.prng_key):
+            old = jnp.asarray(old, jnp.result_type(new))
+        return jnp.where(condition, new, old)
+
+    return jax.tree.map(choose, new, old)
+
+
+def _stays_finite(new: Any, old: Any) -> Array:
+    """False where a number that was finite is not any more."""
+
+    def stays(new: Any, old: Any) -> Array:
+        if not jnp.issubdtype(jnp.result_type(new), jnp.inexact):
+            return jnp.array(True)
+        return jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old))
+
+    return jnp.array(jax.tree.leaves(jax.tree.map(stays, new, old))).all()
 
 
 def _diagnostics(objective: Objective, out: PolicyOutputs, minibatch: Rollout) -> Metrics:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import uuid
 import warnings
 
 import jax
@@ -92,11 +91,11 @@ def open_readonly(
 
 def _make_writable(path: epath.Path) -> None:
     """Makes the directory and proves that it can be written to."""
-    probe = path / f".writable-{uuid.uuid4().hex}"
+    probe = path / ".writable"  # one name, so that a process that dies here leaves no more than it
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise NotADirectoryError(
             f"directory: {path} cannot hold checkpoints: it, or a part of its path, is a file"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pgjax.train.metrics.plots import Curve, curves, plot_curves
-from pgjax.train.metrics.records import FILE_NAME, MetricsWriter, read_metrics
+from pgjax.train.metrics.records import FILE_NAME, MetricsWriter, read_metrics, repeats
 from pgjax.train.metrics.terminal import Progress, progress, summary_table
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "plot_curves",
     "progress",
     "read_metrics",
+    "repeats",
     "summary_table",
 ]

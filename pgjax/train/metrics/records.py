@@ -19,6 +19,17 @@ FILE_NAME = "metrics.jsonl"
 _RESERVED = ("step", "phase")
 
 
+def repeats(name: str) -> bool:
+    """Whether a run that is repeated, or resumed, records the same number under this name.
+
+    Times, what was compiled, and device memory are as they happen to be.
+    """
+    return not name.startswith(("seconds", "device_memory")) and name not in (
+        "compilations",
+        "tokens/s",
+    )
+
+
 def _number(name: str, value: Any) -> float | int:
     """A Python number; ValueError for what is none."""
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -99,15 +110,23 @@ class MetricsWriter:
     of them writes.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, tensorboard: bool = True) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        tensorboard: bool = True,
+        wandb: str | None = None,
+    ) -> None:
         """Opens a directory, which is made where it does not exist, and goes on after its records.
 
         Args:
           directory: where to write.
           tensorboard: whether to write TensorBoard files too. Without the tensorboardX package
             there are none, which is logged once.
+          wandb: project of Weights & Biases to write to as well; None: do not.
 
         Raises:
+          ImportError: a project is given, and the wandb package is not installed.
           NotADirectoryError: the path, or a part of it, is a file.
           OSError: the directory cannot be made or written to.
         """
@@ -126,6 +145,11 @@ class MetricsWriter:
         self._tensorboard = tensorboard
         self._purge: dict[str, int] = {}
         self._event_writers: dict[str, Any] = {}
+        self._wandb = None
+        if wandb is not None:
+            from pgjax.train.metrics.weights_and_biases import WandbRun
+
+            self._wandb = WandbRun(wandb, self._directory)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -185,6 +209,9 @@ class MetricsWriter:
             for name, number in numbers.items():
                 if math.isfinite(number):
                     writer.add_scalar(name, number, step)
+        if self._wandb is not None:
+            finite_ones = {name: x for name, x in numbers.items() if math.isfinite(x)}
+            self._wandb.write(step, finite_ones, phase=phase)
 
     def _events(self, phase: str) -> Any:
         if not self._tensorboard:
@@ -281,3 +308,6 @@ class MetricsWriter:
             os.close(self._file)
             self._file = None
         self._close_events()
+        if self._wandb is not None:
+            self._wandb.close()
+            self._wandb = None
