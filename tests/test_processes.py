@@ -94,14 +94,13 @@ UPDATES = """
 
 SETUPS = [  # of a mesh, how many processes with how many devices each
     ("fsdp=2,tensor=2", 2, 2),
+    ("sequence=2", 2, 1),
     ("data=2,fsdp=2", 4, 1),
-    ("fsdp=2", 2, 1),
     ("data=8", 1, 8),
     ("fsdp=8", 1, 8),
     ("tensor=2,fsdp=4", 1, 8),
     ("expert=4,data=2", 1, 8),
     ("sequence=2,fsdp=4", 1, 8),
-    ("sequence=2", 2, 1),
 ]
 
 
@@ -121,7 +120,7 @@ def test_an_update_by_processes_equals_one_device(setup):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setup", SETUPS, ids=str)
+@pytest.mark.parametrize("setup", SETUPS[:1] + SETUPS[2:], ids=str)
 def test_every_objective_on_a_mesh_equals_one_device(setup):
     check_updates(CORE, *setup)
 
