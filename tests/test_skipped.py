@@ -487,7 +487,7 @@ def test_a_checkpoint_is_not_trained_on_what_is_not_finite(tmp_path, monkeypatch
 
     from experiments import grpo_llm, sft
     from experiments.llm import build
-    from pgjax.train import text
+    from pgjax.train import collecting
 
     model = tiny_checkpoint.make(tmp_path / "model", num_layers=1, hidden_size=16, mlp_size=16)
     task, out = tmp_path / "task.jsonl", tmp_path / "run"
@@ -495,7 +495,7 @@ def test_a_checkpoint_is_not_trained_on_what_is_not_finite(tmp_path, monkeypatch
     task.write_text("\n".join(map(json.dumps, lines)))
     flags = llm.grpo_flags(model, task, out, **{"rl.steps": 8})
     with monkeypatch.context() as patch:
-        patch.setattr(text, "to_rollout", poisoned(text.to_rollout))
+        patch.setattr(collecting, "to_rollout", poisoned(collecting.to_rollout))
         assert grpo_llm.main(flags) == 3
     said = capsys.readouterr().out
     assert "rl: 5 steps in a row skipped, the last of them step 5" in said
@@ -520,12 +520,14 @@ def test_the_main_job_stops_too(tmp_path, monkeypatch, capsys):
     from test_train import TINY
 
     from experiments import grpo_random_calculation
-    from pgjax.train import text
+    from pgjax.train import collecting
 
     out = tmp_path / "run"
-    monkeypatch.setattr(text, "to_rollout", poisoned(text.to_rollout))
+    monkeypatch.setattr(collecting, "to_rollout", poisoned(collecting.to_rollout))
     flags = [*TINY, "--out", str(out), "--data-dir", str(tmp_path / "data")]
     assert grpo_random_calculation.main(flags) == 3
     said = capsys.readouterr().out
     assert "rl: 5 steps in a row skipped, the last of them step 5" in said
     assert str(out / "skipped" / "rl") in said and f"--resume --out {out}" in said
+    kept = sorted(path.name for path in (out / "skipped" / "rl").iterdir())
+    assert kept == [f"step_{n}.{kind}" for n in range(1, 6) for kind in ("json", "npz")]

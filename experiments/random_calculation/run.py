@@ -115,6 +115,7 @@ class Run:
             widths=build.widths(length),
             state_shardings=pg.train.shardings(state),
         )
+        update = pg.train.keep_skipped(update, runs.skipped(self.directory, "warmup"))
         own = runs.share(self.mesh, "warmup.batch_size", config.warmup.batch_size)
         batches = pg.tasks.sft_loader(
             self.sources["train"],
@@ -130,7 +131,8 @@ class Run:
         def step(state: pg.train.TrainState, batch: Any) -> Any:
             given = self.place({name: batch[name] for name in ("tokens", "mask")})
             state, metrics = update(state, pg.train.demonstrations(given["tokens"], given["mask"]))
-            shown = {name: metrics[name] for name in ("loss", "gradient_norm", "entropy")}
+            names = ("loss", "gradient_norm", "entropy", "skipped_updates")
+            shown = {name: metrics[name] for name in names}
             return state, {**shown, "tokens": given["mask"].sum()}
 
         state = self.fit(
