@@ -68,11 +68,14 @@ def test_digit_sums():
     config = tricks_grid.Config()
     problem = tricks_grid.digit_sums(config.prompts, config.longest)
     rows = jnp.array([[0, 3, 1, 0, 0, 0, 0], [0, 3, 2, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1, 1]])
-    rollout = problems.rollout_of(problem, rows, tricks_grid.start(config, 0.0))
+    rollout = problems.rollout_of(problem, rows, tricks_grid.start(config, (0.0, 0.0)))
     assert rollout.rewards.tolist() == [1, 0, 0]
     assert rollout.mask.sum(-1).tolist() == [3, 3, 6]
     assert rollout.extras["truncated"].tolist() == [False, False, True]
-    for mix, low, high in (("hard", 0.03, 0.1), ("medium", 0.4, 0.6), ("easy", 0.93, 0.97)):
+    for mix, low, high in (
+        *(("hard", 0.03, 0.1), ("medium", 0.4, 0.6)),
+        *(("easy", 0.93, 0.97), ("split", 0.47, 0.53)),
+    ):
         params = tricks_grid.start(config, tricks_grid.MIXES[mix])
         assert low < float(problems.expected_reward(problem, params)) < high
 
