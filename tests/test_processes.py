@@ -133,7 +133,7 @@ AGREEING = """
 
     port, directory, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
     parallel.connect(f"127.0.0.1:{port}", count=2, index=index)
-    out = {"first": parallel.is_first(), "largest": parallel.any_of(3 * index)}
+    out = {"first": parallel.is_first(), "largest": parallel.largest_of(3 * index)}
     out["gathered"] = parallel.gather_json({"mine": "é" * (1 + 5 * index)})
 
     def raised(function):
@@ -148,6 +148,7 @@ AGREEING = """
 
     calls = []
     out["failed"] = raised(lambda: parallel.on_first(fail))
+    out["failed too"] = raised(lambda: parallel.first_then_others(fail))
     out["value"] = parallel.on_first(lambda: [calls.append(1), index, None][1:])
     out["calls"] = len(calls)
     out["same"] = raised(lambda: parallel.check_same({"a": {"b": 1}, "c": [1, 2]}))
@@ -229,7 +230,7 @@ def test_what_two_processes_agree_on(tmp_path):
     np.testing.assert_equal(first, second)  # NaN equals NaN here
     assert first["largest"] == 3 and first["value"] == [0, None] and first["same"] is None
     assert first["gathered"] == [{"mine": "é"}, {"mine": "é" * 6}]
-    assert first["failed"] == ["FileExistsError", "already there"]
+    assert first["failed"] == first["failed too"] == ["FileExistsError", "already there"]
     kind, message = first["differs"]
     assert kind == "ValueError" and "c: '<missing>' in 0, 2 in 1" in message
     assert "a.b: 0 in 0, 1 in 1" in message and "a.d" not in message
@@ -257,7 +258,7 @@ def test_bad_addresses(options, message):
 
 def test_a_process_alone_needs_no_others():
     parallel.connect(None)
-    assert parallel.is_first() and parallel.any_of(7) == 7
+    assert parallel.is_first() and parallel.largest_of(7) == 7
     assert parallel.gather_json({"a": (1,)}) == [{"a": [1]}]
     assert parallel.on_first(lambda: 5) == parallel.first_then_others(lambda: 5) == 5
     parallel.check_same({"anything": 1})

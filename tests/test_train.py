@@ -404,15 +404,7 @@ TINY = [
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     """One data set and one compilation cache for all processes of this file."""
-    shared = tmp_path_factory.mktemp("main_job")
-    return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "TFDS_DATA_DIR": str(shared / "data"),
-        "JAX_COMPILATION_CACHE_DIR": str(shared / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+    return kills.environment(tmp_path_factory.mktemp("main_job"))
 
 
 def start(environment, *arguments):

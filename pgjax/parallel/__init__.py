@@ -2,13 +2,13 @@
 
 from pgjax.parallel.mesh import AXES, make_mesh, parse_mesh
 from pgjax.parallel.processes import (
-    any_of,
     check_same,
     connect,
     fetch,
     first_then_others,
     gather_json,
     is_first,
+    largest_of,
     on_first,
     own_rows,
     place_rows,
@@ -36,7 +36,6 @@ __all__ = [
     "BATCH_AXES",
     "DEFAULT_RULES",
     "Collective",
-    "any_of",
     "batch_sharding",
     "check_same",
     "collectives",
@@ -46,6 +45,7 @@ __all__ = [
     "first_then_others",
     "gather_json",
     "is_first",
+    "largest_of",
     "make_mesh",
     "on_first",
     "own_rows",

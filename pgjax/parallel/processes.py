@@ -98,17 +98,16 @@ def on_first(function: Callable[[], _Value]) -> _Value:
 
 
 def first_then_others(function: Callable[[], _Value]) -> _Value:
-    """`function` in process 0 and then in the others, who find what it left on a shared disk."""
-    if jax.process_count() == 1:
-        return function()
-    result = None
-    if is_first():
-        result = function()
-    multihost_utils.sync_global_devices("pgjax: first_then_others")
-    return function() if not is_first() else result  # type: ignore[return-value]
+    """`function` in process 0 and then in the others, who find what it left on a shared disk.
+
+    What it raises in process 0 is raised in all, as by `on_first`.
+    """
+    results: list[_Value] = []
+    on_first(lambda: results.append(function()))
+    return results[0] if is_first() else function()
 
 
-def any_of(number: int) -> int:
+def largest_of(number: int) -> int:
     """The largest of the processes' numbers; every process calls it."""
     if jax.process_count() == 1:
         return number

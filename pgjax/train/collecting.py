@@ -36,10 +36,18 @@ def make_collect(
     extras: Callable[[sampling.Samples, PromptBatch], dict[str, Array]] | None = None,
     on_samples: Callable[[int, sampling.Samples, Any], None] | None = None,
 ) -> Collect:
-    """`collect(params, key, step, batch) -> (rollout, metrics)`; see `make_text_step`.
+    """What a step does before its update; randomness derives from the run's key and the step.
 
-    Randomness derives from the run's key and the step. The metrics are `tokens` sampled,
-    `seconds_sampling` and `seconds_rewarding`.
+    Args:
+      decoder, reward, ...: as for `make_text_step`.
+
+    Returns:
+      `collect(params, key, step, batch) -> (rollout, metrics)` of whole parameters, the run's key,
+      the updates so far and P prompts: a rollout of `B = P * num_samples` rows, and the metrics
+      `tokens` sampled, `seconds_sampling` and `seconds_rewarding`.
+
+    Raises:
+      ValueError: by `collect`, as `sampling.generate` and `to_rollout` do.
     """
 
     def collect(

@@ -203,7 +203,7 @@ def fit(
                 evaluated = evaluate(state)
                 if writer is not None:
                     writer.write(at, evaluated, phase=f"{phase}_evaluation")
-            stopped_by = parallel.any_of(stop.number or 0)
+            stopped_by = parallel.largest_of(stop.number or 0)
             if last or at % checkpoint_every == 0 or stopped_by or stuck:
                 save(at)
             if stuck:
