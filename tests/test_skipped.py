@@ -149,15 +149,18 @@ BAD = {
 def test_a_bad_batch_leaves_no_trace(name):
     objective, optimizer, good, bad = BAD[name]
     for microbatches in (1, 4) if name == "NaN behaviour" else (1,):
-        state, update = made(objective, optimizer, num_microbatches=microbatches)
+        failing = name == "failing optimizer"
+        options = {"num_microbatches": microbatches, "measure_updates": failing}
+        state, update = made(objective, optimizer, **options)
         state, metrics = update(state, good)
         assert metrics["skipped_updates"] == 0 and np.isfinite(metrics["loss"])
         before = copy(state)
         state, metrics = update(state, bad)
         assert metrics["skipped_updates"] == 1
-        assert not all(np.isfinite(metrics[n]) for n in ("loss", "gradient_norm", "update_norm"))
-        if name == "failing optimizer":
-            assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])
+        assert failing == all(np.isfinite(metrics[n]) for n in ("loss", "gradient_norm"))
+        assert ("update_norm" in metrics) == failing
+        if failing:
+            assert not np.isfinite(metrics["update_norm"])
         same((state.params, state.opt_state), (before.params, before.opt_state))
         assert int(state.step) == 2
         after, metrics = update(state, good)
@@ -465,6 +468,53 @@ def test_a_run_stops_where_nothing_is_finite_any_more(tmp_path):
         train.fit(update, state, batches, max_skipped=6, **options)
     with pytest.raises(ValueError, match="max_skipped: expected at least 0"):
         train.fit(update, state, batches, max_skipped=-1, **options)
+
+
+@pytest.mark.parametrize("at", [3, 4])  # a step with a checkpoint, and one without
+def test_a_run_with_lost_parameters_stops_and_keeps_its_checkpoint(tmp_path, at):
+    """An optimizer that fails where nobody measures its steps."""
+
+    class Large(Batches):
+        def __next__(self):
+            found = super().__next__()
+            return found.replace(rewards=1e6 * found.rewards) if self.position == at else found
+
+    state, update = made(objectives.reinforce(), failing_steps())
+    expected, _ = update(made(objectives.reinforce(), failing_steps())[0], batch(1))
+    options = {"num_steps": 12, "phase": "rl", "checkpoint_every": 1 if at == 3 else 3}
+    with train.checkpoints.open(tmp_path) as saved:
+        with pytest.raises(train.NonFinite, match="the parameters are not finite") as stop:
+            train.fit(update, state, Large(()), checkpoints=saved, **options)
+        assert stop.value.lost and "not saved" in str(stop.value)
+        assert (stop.value.step, stop.value.skipped) == ((3, 0) if at == 3 else (5, 1))
+        newest = 2 if at == 3 else 3
+        assert saved.latest_step() == newest
+        restored, _ = saved.restore(like=made(objectives.reinforce(), failing_steps())[0])
+    for position in range(2, newest + 1):
+        expected, _ = update(expected, batch(position))
+    same(restored.params, expected.params)
+
+
+def test_a_skipped_step_holds_one_state():
+    """Beside the old state the step needs the gradient alone, unless updates are measured."""
+    sizes = {}
+    wide = {"table": jnp.ones((512, 512)), "bias": jnp.ones(512)}
+
+    def outputs(params, rollout, needs):
+        h = params["table"].sum(0) + params["bias"]
+        logits = jnp.broadcast_to(h, (*rollout.tokens.shape, 512))
+        found = jax.nn.log_softmax(logits)[..., 0]
+        return PolicyOutputs(logprobs=jnp.where(rollout.mask, found, 0.0))
+
+    for measured in (False, True):
+        optimizer = optax.adamw(1e-3)
+        state = train.init(copy(wide), optimizer, jax.random.key(0))
+        update = train.make_update(outputs, GRPO, optimizer, measure_updates=measured)
+        program = update.lower(state, batch()).compile()
+        sizes[measured] = program.memory_analysis().temp_size_in_bytes
+    of_parameters = sum(x.nbytes for x in jax.tree.leaves(wide))
+    assert sizes[False] < 1.2 * of_parameters  # the gradient
+    assert sizes[True] > sizes[False] + 0.9 * of_parameters, sizes
 
 
 # --- experiments ----------------------------------------------------------------------------------

@@ -204,10 +204,15 @@ def explain(
     """
     directory = newest_run(root) if out is None else out
     where = "" if out is None else f" --out {out}"
+    left = (
+        "The run goes on from its newest checkpoint, before they were lost"
+        if stop.lost
+        else "The parameters are those before the skipped steps"
+    )
     print(
         f"\n{stop}.\n{pg.train.describe_skipped(skipped(directory, stop.phase))}\n"
-        "Read a batch with pgjax.train.load_skipped. The parameters are those before the skipped "
-        f"steps; continue with:\n  python -m experiments.{program} --resume{where}"
+        f"Read a batch with pgjax.train.load_skipped. {left}; continue with:\n"
+        f"  python -m experiments.{program} --resume{where}"
     )
     return NON_FINITE
 

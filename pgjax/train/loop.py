@@ -12,6 +12,8 @@ from types import FrameType
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 
 from pgjax import parallel
 from pgjax.train import checkpoints as checkpointing
@@ -41,18 +43,29 @@ class Interrupted(RuntimeError):
 class NonFinite(RuntimeError):
     """Several updates in a row were skipped; `step` is the last, up to which the run is saved.
 
-    A number that is not finite is behind each: see `make_update` and `keep_skipped`.
+    A number that is not finite is behind each: see `make_update` and `keep_skipped`. Where the
+    parameters themselves are `lost`, not finite either, none need have been skipped, and the run's
+    newest checkpoint is an earlier one.
     """
 
     def __init__(
-        self, phase: str, step: int, *, skipped: int, loss: float, gradient_norm: float
+        self,
+        phase: str,
+        step: int,
+        *,
+        skipped: int,
+        loss: float,
+        gradient_norm: float,
+        lost: bool = False,
     ) -> None:
-        super().__init__(
-            f"{phase}: {skipped} steps in a row skipped, the last of them step {step}: "
-            f"last loss {loss}, gradient norm {gradient_norm}"
+        what = (
+            f"the parameters are not finite after step {step}, and are not saved"
+            if lost
+            else f"{skipped} steps in a row skipped, the last of them step {step}"
         )
+        super().__init__(f"{phase}: {what}: last loss {loss}, gradient norm {gradient_norm}")
         self.phase, self.step, self.skipped = phase, step, skipped
-        self.loss, self.gradient_norm = loss, gradient_norm
+        self.loss, self.gradient_norm, self.lost = loss, gradient_norm, lost
 
 
 class _StopSignal:
@@ -128,7 +141,9 @@ def fit(
       progress_fields: metrics shown beside the progress bar.
       on_step: called after every step; a string it returns is printed above the progress bar.
       max_skipped: steps in a row with a metric `skipped_updates` above 0 (see `make_update`) after
-        which the run is saved and stops; 0: it never does. A resumed run counts from 0.
+        which the run is saved and stops; 0: it never does. A resumed run counts from 0. Unless 0,
+        the run also stops, and does not save, where after a skipped step or before a checkpoint
+        the parameters are not finite: an optimizer's own arithmetic has failed.
       profile: steps to trace.
 
     Records have, beside the step's metrics, `seconds` and `seconds_waiting` (for the batch), the
@@ -139,7 +154,7 @@ def fit(
 
     Raises:
       Interrupted: after a stop signal.
-      NonFinite: after `max_skipped` skipped steps in a row.
+      NonFinite: after `max_skipped` skipped steps in a row, or where the parameters are lost.
       ValueError: a `max_skipped` below 0.
       StopIteration: never silently: a `batches` that ends raises RuntimeError.
     """
@@ -196,7 +211,6 @@ def fit(
             if message:
                 bar.print(message)
             skipped = skipped + 1 if values.get("skipped_updates", 0.0) > 0 else 0
-            stuck = 0 < max_skipped <= skipped
             last = at == num_steps
             evaluated = {}
             if evaluate is not None and (last or (evaluate_every and at % evaluate_every == 0)):
@@ -204,9 +218,12 @@ def fit(
                 if writer is not None:
                     writer.write(at, evaluated, phase=f"{phase}_evaluation")
             stopped_by = parallel.largest_of(stop.number or 0)
-            if last or at % checkpoint_every == 0 or stopped_by or stuck:
+            stuck = 0 < max_skipped <= skipped
+            due = bool(last or at % checkpoint_every == 0 or stopped_by or stuck)
+            lost = max_skipped > 0 and (skipped > 0 or due) and not _all_finite(state.params)
+            if due and not lost:
                 save(at)
-            if stuck:
+            if stuck or lost:
                 if checkpoints is not None:
                     checkpoints.wait()
                 raise NonFinite(
@@ -215,9 +232,17 @@ def fit(
                     skipped=skipped,
                     loss=values.get("loss", math.nan),
                     gradient_norm=values.get("gradient_norm", math.nan),
+                    lost=lost,
                 )
             if stopped_by and not last:
                 if checkpoints is not None:
                     checkpoints.wait()
                 raise Interrupted(phase, at, stopped_by)
     return state
+
+
+@jax.jit
+def _all_finite(tree: Any) -> Array:
+    """Whether every real number in it is finite."""
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.array([jnp.all(jnp.isfinite(x)) for x in leaves]).all()

@@ -65,10 +65,8 @@ def keep_skipped(update: Update, directory: str | os.PathLike[str], *, keep: int
                 path = directory / f"step_{int(state.step)}{suffix}.npz"
                 _write(path, state, rollout, metrics)
                 where = f"the batch is in {path}"
-            _log.warning(
-                "step %d skipped: loss %s, gradient norm %s, update norm %s; %s",
-                *(int(state.step), *_measured(metrics).values(), where),
-            )
+            seen = ", ".join(f"{n.replace('_', ' ')} {x}" for n, x in _measured(metrics).items())
+            _log.warning("step %d skipped: %s; %s", int(state.step), seen, where)
         return state, metrics
 
     return keeping
@@ -120,7 +118,7 @@ def describe_skipped(directory: str | os.PathLike[str]) -> str:
     found = json.loads(files[-1].read_text())
     lines = [f"batches that were skipped: {len(files)} in {directory}", f"newest: {files[-1]}"]
     measured = ("loss", "gradient_norm", "update_norm", "skipped_updates", "largest_log_ratio")
-    lines += [f"  {n.replace('_', ' ')}: {found[n]}" for n in measured if found[n] is not None]
+    lines += [f"  {n.replace('_', ' ')}: {found[n]}" for n in measured if found.get(n) is not None]
     bad = {n: f for n, f in found["fields"].items() if f["not_finite"]}
     for name, field in bad.items():
         more = ", ..." if field["num_rows"] > len(field["rows"]) else ""
@@ -137,7 +135,8 @@ def describe_skipped(directory: str | os.PathLike[str]) -> str:
 
 
 def _measured(metrics: Metrics) -> dict[str, float]:
-    return {n: float(metrics[n]) for n in ("loss", "gradient_norm", "update_norm")}
+    names = ("loss", "gradient_norm", "update_norm")
+    return {n: float(metrics[n]) for n in names if n in metrics}
 
 
 def _write(path: pathlib.Path, state: TrainState, rollout: Rollout, metrics: Metrics) -> None:
