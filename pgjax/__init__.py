@@ -25,12 +25,14 @@ from pgjax.types import PolicyOutputs, Rollout, Transition
 __version__ = "0.1.0"
 
 _LAZY = (
+    "agents",
     "curriculum",
     "diagnostics",
     "envs",
     "models",
     "optim",
     "parallel",
+    "policies",
     "quantize",
     "rewards",
     "sampling",
@@ -41,12 +43,14 @@ _LAZY = (
 
 if TYPE_CHECKING:
     from pgjax import (
+        agents,
         curriculum,
         diagnostics,
         envs,
         models,
         optim,
         parallel,
+        policies,
         quantize,
         rewards,
         sampling,
@@ -73,6 +77,7 @@ __all__ = [
     "Rollout",
     "Transition",
     "advantages",
+    "agents",
     "aggregate",
     "curriculum",
     "diagnostics",
@@ -83,6 +88,7 @@ __all__ = [
     "objectives",
     "optim",
     "parallel",
+    "policies",
     "quantize",
     "returns",
     "rewards",

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pgjax import _checks
+from pgjax.envs.core import Step
 from pgjax.types import pytree_dataclass
 
 MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))  # north, east, south, west
@@ -67,24 +67,6 @@ class State:
     steps: Int[Array, ""]
 
 
-class Step(NamedTuple):
-    """What a move led to.
-
-    Attributes:
-      state: after it.
-      observation: of that state.
-      reward: 1 if it reached the goal, else 0.
-      terminated: it reached the goal.
-      truncated: the steps are used up and the goal is not reached.
-    """
-
-    state: State
-    observation: Float[Array, " O"]
-    reward: Float[Array, ""]
-    terminated: Bool[Array, ""]
-    truncated: Bool[Array, ""]
-
-
 def reset(
     env: FourRooms,
     key: PRNGKeyArray,
@@ -124,7 +106,7 @@ def reset(
 
 
 def step(env: FourRooms, state: State, action: Int[Array, ""]) -> Step:
-    """Moves by `MOVES[action]`, or stays where a wall is in the way."""
+    """Moves by `MOVES[action]`, or stays where a wall is; reward 1 at the goal, where it ends."""
     cell = jnp.asarray(successors(env))[state.cell, action]
     state = State(
         cell=cell,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pgjax.models import lora, low_bit, quantization, single_layer
+from pgjax.models import lora, low_bit, mlp, quantization, single_layer
 from pgjax.models.cache import (
     CompletionCache,
     PrefixCache,
@@ -48,6 +48,7 @@ __all__ = [
     "load_reward_model",
     "lora",
     "low_bit",
+    "mlp",
     "quantization",
     "router_z_loss",
     "save_head",

@@ -1,9 +1,16 @@
-"""Where rollouts come from: completions of prompts by a language model."""
+"""Where rollouts come from: completions by a language model, steps through environments."""
 
 from __future__ import annotations
 
 from pgjax.sampling import engines, speculative
 from pgjax.sampling.continuous import generate_continuous
+from pgjax.sampling.environments import (
+    Decision,
+    Episodes,
+    Running,
+    start_environments,
+    unroll_environments,
+)
 from pgjax.sampling.filters import (
     filter_logits,
     min_p_threshold,
@@ -17,6 +24,9 @@ from pgjax.sampling.text import generate
 from pgjax.sampling.vines import Steps, Vines, vine_rollout
 
 __all__ = [
+    "Decision",
+    "Episodes",
+    "Running",
     "Samples",
     "Steps",
     "Vines",
@@ -28,7 +38,9 @@ __all__ = [
     "min_p_threshold",
     "pad_prompts",
     "speculative",
+    "start_environments",
     "top_k_threshold",
     "top_p_threshold",
+    "unroll_environments",
     "vine_rollout",
 ]

@@ -1,0 +1,104 @@
+"""What agents share that learn from the batch they have just collected."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from pgjax import _checks, returns
+from pgjax.agents.agent import Metrics
+from pgjax.agents.networks import ActorCritic
+from pgjax.sampling.environments import Decision, Episodes, Running
+from pgjax.types import Transition
+
+
+class State(NamedTuple):
+    """Of an on-policy agent."""
+
+    params: Any
+    opt_state: Any
+    running: Running
+    key: PRNGKeyArray
+    updates: Array
+
+
+def decide(net: ActorCritic, params: Any) -> Any:
+    """`act` of `unroll_environments`."""
+
+    def act(key: PRNGKeyArray, observation: Any) -> Decision:
+        parameters = net.actor(params, observation)
+        action = net.distribution.sample(key, parameters)
+        log_prob = net.distribution.log_prob(parameters, action)
+        return Decision(action, log_prob, net.critic(params, observation))
+
+    return act
+
+
+def estimate(
+    net: ActorCritic,
+    params: Any,
+    seen: Transition,
+    last_observation: Any,
+    *,
+    discount: float,
+    lambda_: float,
+    bootstrap_truncated: bool,
+) -> tuple[Float[Array, "T N"], Float[Array, "T N"]]:
+    """Advantages by GAE, and the targets A + V of the value function."""
+    assert seen.value is not None
+    truncated = seen.truncated
+    if bootstrap_truncated:
+        following = net.critic(params, seen.next_observation)
+        ended = seen.terminated
+    else:  # the next step's value is that of another episode, and hidden by a discount of 0
+        last = net.critic(params, last_observation)
+        following = jnp.concatenate([seen.value[1:], last[None]])
+        ended, truncated = seen.terminated | truncated, jnp.zeros_like(truncated)
+    found = returns.gae(
+        seen.reward.T,
+        seen.value.T,
+        following.T,
+        discount * (1.0 - ended.T),
+        lambda_=lambda_,
+        truncated=truncated.T,
+    ).T
+    return found, found + seen.value
+
+
+def annealed(rate: float, over: int | None, steps: int) -> optax.ScalarOrSchedule:
+    """Falls to 0 over so many updates of `steps` optimizer steps, and within none of them."""
+    if over is None:
+        return rate
+    _checks.in_range("anneal_over", over, 1)
+    return lambda count: rate * jnp.maximum(0.0, 1.0 - count // steps / over)
+
+
+def standardize(x: Float[Array, " B"]) -> Float[Array, " B"]:
+    """To mean 0 and population standard deviation 1."""
+    return (x - x.mean()) / (x.std() + 1e-8)
+
+
+def entropy_of(net: ActorCritic, parameters: Any, log_prob: Array) -> Float[Array, ""]:
+    """Mean entropy; where it has no closed form, that of the actions taken."""
+    if net.distribution.entropy is None:
+        return -log_prob.mean()
+    return net.distribution.entropy(parameters).mean()
+
+
+def explained_variance(value: Array, target: Array) -> Float[Array, ""]:
+    """1 - Var(target - value) / Var(target), 0 where the target does not vary."""
+    variance = target.var()
+    return jnp.where(variance > 0, 1.0 - (target - value).var() / jnp.maximum(variance, 1e-12), 0.0)
+
+
+def finished(episodes: Episodes) -> Metrics:
+    """Means over the episodes that ended, and how many did."""
+    number = episodes.ended.sum()
+    return {
+        "return": jnp.where(episodes.ended, episodes.returns, 0.0).sum() / number,
+        "length": jnp.where(episodes.ended, episodes.lengths, 0).sum() / number,
+        "episodes": number.astype(jnp.float32),
+    }

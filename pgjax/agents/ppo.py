@@ -1,0 +1,187 @@
+"""Proximal policy optimisation on many environments, the whole loop in one program.
+
+Sources: Schulman et al. 2017, arXiv 1707.06347, and its reference implementation; the default
+numbers are PureJaxRL's for CartPole.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PRNGKeyArray
+
+from pgjax import _checks, surrogates
+from pgjax.agents import on_policy
+from pgjax.agents.agent import Agent, Metrics
+from pgjax.agents.networks import ActorCritic, actor_critic
+from pgjax.envs.core import Environment
+from pgjax.sampling.environments import start_environments, unroll_environments
+
+
+class Batch(NamedTuple):
+    """What minibatches are taken of, `[T N, ...]`."""
+
+    observation: Any
+    action: Any
+    log_prob: Array
+    value: Array
+    advantage: Array
+    target: Array
+
+
+def ppo(
+    env: Environment,
+    network: ActorCritic | None = None,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    num_envs: int = 4,
+    num_steps: int = 128,
+    num_epochs: int = 4,
+    num_minibatches: int = 4,
+    discount: float = 0.99,
+    lambda_: float = 0.95,
+    clip: float = 0.2,
+    value_clip: float | None = 0.2,
+    value_coefficient: float = 0.5,
+    entropy_coefficient: float = 0.01,
+    normalize_advantages: bool = True,
+    bootstrap_truncated: bool = True,
+    learning_rate: float = 2.5e-4,
+    anneal_over: int | None = None,
+    max_gradient_norm: float = 0.5,
+) -> Agent:
+    """PPO: clipped surrogate, value error and entropy on minibatches of a fresh batch.
+
+    L = mean[-min(r A, clip(r, 1 ± ε) A)] + c_v L_v - c_e mean[H], A from GAE and normalised in each
+    minibatch, L_v the squared error to A + V, halved, clipped around the old value.
+
+    Args:
+      env: the world; observations must be vectors where `network` is None.
+      network: policy and value function; None: `actor_critic(env)`.
+      optimizer: None: Adam with ε = 1e-5 behind a clip of the gradient's norm.
+      num_envs: N.
+      num_steps: T of each environment in a batch.
+      num_epochs: passes over a batch.
+      num_minibatches: optimizer steps a pass; divides N T.
+      discount: γ in [0, 1].
+      lambda_: of GAE, in [0, 1].
+      clip: ε > 0 of the ratio.
+      value_clip: width around the old value; None: the error is not clipped.
+      value_coefficient: c_v ≥ 0.
+      entropy_coefficient: c_e.
+      normalize_advantages: to mean 0 and (population) standard deviation 1 in each minibatch.
+      bootstrap_truncated: where an episode was cut off, count on the value of its last observation;
+        costs one more pass of the critic over the batch. False takes time limits for ends, as much
+        published code does.
+      learning_rate: of the default optimizer.
+      anneal_over: updates over which it falls to 0, linearly and from update to update; None: it
+        does not.
+      max_gradient_norm: of the default optimizer.
+
+    Returns:
+      the agent. Metrics: `loss`, `policy_loss`, `value_loss`, `entropy`, `kl` (mean of
+      r - 1 - log r), `clipped` (share of ratios outside), `explained_variance`, and of the
+      episodes that ended `return`, `length` (means, NaN where none did) and `episodes`.
+
+    Raises:
+      ValueError: a number out of range, a count that does not divide, observations that are not
+        vectors and no `network`.
+    """
+    for name, count in {
+        "num_envs": num_envs,
+        "num_steps": num_steps,
+        "num_epochs": num_epochs,
+        "num_minibatches": num_minibatches,
+    }.items():
+        _checks.in_range(name, count, 1)
+    _checks.in_range("discount", discount, 0.0, 1.0)
+    _checks.in_range("clip", clip, 0.0, low_open=True)
+    size = num_envs * num_steps
+    if size % num_minibatches:
+        raise ValueError(
+            f"num_minibatches: expected a divisor of {num_envs} x {num_steps} steps, "
+            f"got {num_minibatches}"
+        )
+    net = actor_critic(env) if network is None else network
+    if optimizer is None:
+        rate = on_policy.annealed(learning_rate, anneal_over, num_epochs * num_minibatches)
+        optimizer = optax.chain(
+            optax.clip_by_global_norm(max_gradient_norm), optax.adam(rate, eps=1e-5)
+        )
+    adam = optimizer
+
+    def init(key: PRNGKeyArray) -> on_policy.State:
+        net_key, env_key, key = jax.random.split(key, 3)
+        params = net.init(net_key)
+        running = start_environments(env, env_key, num_envs)
+        return on_policy.State(params, adam.init(params), running, key, jnp.int32(0))
+
+    def loss_of(params: Any, part: Batch) -> tuple[Array, Metrics]:
+        parameters = net.actor(params, part.observation)
+        log_prob = net.distribution.log_prob(parameters, part.action)
+        advantage = (
+            on_policy.standardize(part.advantage) if normalize_advantages else part.advantage
+        )
+        ratio = surrogates.importance_ratio(log_prob[None], part.log_prob[None])
+        policy_loss = surrogates.clipped(ratio, advantage[None], low=clip, high=clip).mean()
+        value = net.critic(params, part.observation)[None]
+        if value_clip is None:
+            error = surrogates.value_error(value, part.target[None])
+        else:
+            error = surrogates.clipped_value_error(
+                value, part.target[None], part.value[None], width=value_clip
+            )
+        entropy = on_policy.entropy_of(net, parameters, log_prob)
+        loss = policy_loss + value_coefficient * error.mean() - entropy_coefficient * entropy
+        return loss, {
+            "loss": loss,
+            "policy_loss": policy_loss,
+            "value_loss": error.mean(),
+            "entropy": entropy,
+            "kl": (ratio - 1.0 - (log_prob - part.log_prob)).mean(),
+            "clipped": (jnp.abs(ratio - 1.0) > clip).mean(),
+        }
+
+    def update(state: on_policy.State) -> tuple[on_policy.State, Metrics]:
+        key, act_key, epoch_key = jax.random.split(state.key, 3)
+        running, seen, episodes = unroll_environments(
+            env, on_policy.decide(net, state.params), state.running, act_key, num_steps=num_steps
+        )
+        advantage, target = on_policy.estimate(
+            net,
+            state.params,
+            seen,
+            running.observation,
+            discount=discount,
+            lambda_=lambda_,
+            bootstrap_truncated=bootstrap_truncated,
+        )
+        assert seen.log_prob is not None and seen.value is not None
+        batch = Batch(seen.observation, seen.action, seen.log_prob, seen.value, advantage, target)
+        batch = jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), batch)
+
+        def minibatch(carry: Any, rows: Array) -> tuple[Any, Metrics]:
+            params, opt_state = carry
+            part = jax.tree.map(lambda x: x[rows], batch)
+            grads, metrics = jax.grad(loss_of, has_aux=True)(params, part)
+            updates, opt_state = adam.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), metrics
+
+        orders = jax.vmap(lambda key: jax.random.permutation(key, size))(
+            jax.random.split(epoch_key, num_epochs)
+        )
+        parts = orders.reshape(num_epochs * num_minibatches, size // num_minibatches)
+        carry, stacked = jax.lax.scan(minibatch, (state.params, state.opt_state), parts)
+        metrics = {name: x.mean() for name, x in stacked.items()}
+        metrics["explained_variance"] = on_policy.explained_variance(batch.value, batch.target)
+        state = on_policy.State(*carry, running, key, state.updates + 1)
+        return state, metrics | on_policy.finished(episodes)
+
+    def act(state: on_policy.State, key: PRNGKeyArray, observation: Any) -> Any:
+        del key
+        return net.distribution.mode(net.actor(state.params, observation))
+
+    return Agent(init, update, act, size)
