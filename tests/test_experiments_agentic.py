@@ -47,6 +47,25 @@ def test_the_chains_success_is_exact(lost):
     assert float(rollout.rewards.mean()) == pytest.approx(chance, abs=4 * error)
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_chains_divergence_is_that_of_its_episodes(lost):
+    task = empg_chain.problem(lost=lost)
+    old, new = 0.5 * jax.random.normal(jax.random.key(0), (2, 3, empg_chain.ACTIONS))
+    found = empg_chain.largest_kl(jnp.stack([old, new, new]), lost=lost)
+    rows = problems.sample(task, old, jax.random.key(1), group_size=5_000).tokens
+    drawn = problems.log_probability(task, old, rows) - problems.log_probability(task, new, rows)
+    per_decision = np.asarray(drawn) / empg_chain.LENGTH
+    error = float(per_decision.std()) / len(rows) ** 0.5
+    assert float(found) == pytest.approx(float(per_decision.mean()), abs=4 * error)
+
+
+def test_updates_at_a_divergence_lie_between_those_of_two_rates():
+    rates = np.array([[4.0, 1.0], [1.0, 2.0], [2.0, 4.0], [0.25, 0.5]])
+    found = empg_chain.frontier(0.05 * rates**2, 3 / rates)
+    wanted = 3 * (np.array(empg_chain.LARGEST_KL) / 0.05) ** -0.5
+    np.testing.assert_allclose(found, [wanted, wanted.clip(max=6.0)])
+
+
 def test_the_sampler_and_the_learner_agree_on_every_token():
     params = quest.init(jax.random.key(0), 8)
     params["head"] = 20 * params["head"]
