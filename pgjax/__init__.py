@@ -39,6 +39,8 @@ _LAZY = (
     "search",
     "tasks",
     "train",
+    "uncertainty",
+    "values",
 )
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ if TYPE_CHECKING:
         search,
         tasks,
         train,
+        uncertainty,
+        values,
     )
 
 
@@ -99,4 +103,6 @@ __all__ = [
     "tasks",
     "train",
     "types",
+    "uncertainty",
+    "values",
 ]

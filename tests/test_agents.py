@@ -66,6 +66,56 @@ def test_it_learns_and_parts_are_the_whole():
     )
 
 
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (agents.a2c, {"num_envs": 8, "num_steps": 8, "learning_rate": 1e-2}),
+        (agents.reinforce, {"max_steps": 4, "num_envs": 16, "learning_rate": 1e-2}),
+        (
+            agents.reinforce,
+            {"max_steps": 4, "num_envs": 16, "learning_rate": 1e-2, "baseline": False},
+        ),
+        (agents.npg, {"num_envs": 8, "num_steps": 16, "radius": 0.02}),
+        (agents.trpo, {"num_envs": 8, "num_steps": 16, "radius": 0.02}),
+    ],
+)
+def test_the_other_on_policy_agents_learn(make, options):
+    agent = make(signal(), **options)
+    run = jax.jit(lambda key: agents.train(agent, agent.init(key), num_updates=100))
+    state, metrics = run(jax.random.key(0))
+    assert metrics["return"][0] < 2.5 and metrics["return"][-5:].mean() > 3.6
+    assert np.all(metrics["length"] == 4)
+    np.testing.assert_array_equal(agent.act(state, jax.random.key(0), jnp.eye(3)), [0, 1, 2])
+    if make is agents.trpo:
+        assert np.all(metrics["kl"] <= 0.02) and np.all(metrics["improvement"] >= 0)
+
+
+def early(ends):
+    """Pays 1 a step and terminates after as many steps as were drawn."""
+
+    def reset(key):
+        length = jax.random.choice(key, jnp.asarray(ends))
+        return (length, jnp.int32(0)), jnp.stack([length, 0]).astype(jnp.float32)
+
+    def step(key, state, action):
+        length, steps = state
+        steps = steps + 1
+        observation = jnp.stack([length, steps]).astype(jnp.float32)
+        return envs.Step(
+            (length, steps), observation, jnp.float32(1), steps >= length, jnp.bool_(False)
+        )
+
+    return envs.Environment(reset, step, envs.Box((2,)), envs.Discrete(2))
+
+
+def test_reinforce_counts_every_episode_once_and_to_its_end():
+    agent = agents.reinforce(early([2, 5]), max_steps=5, num_envs=32, discount=1.0)
+    _, metrics = agent.update(agent.init(jax.random.key(1)))
+    assert metrics["episodes"] == 32
+    assert 2 < metrics["return"] < 5
+    np.testing.assert_allclose(metrics["return"], metrics["length"])
+
+
 def test_with_gaussian_actions_it_learns_too():
     env = control.point_mass(max_steps=20)
     agent = agent_of(env, num_envs=16, num_steps=40, learning_rate=1e-3)
@@ -170,6 +220,12 @@ def test_an_agent_in_parts_over_devices_and_bad_input():
         agent_of(num_envs=0)
     with pytest.raises(ValueError, match="clip"):
         agent_of(clip=0.0)
+    with pytest.raises(ValueError, match="backtracks"):
+        agents.npg(signal(), backtracks=3)
+    with pytest.raises(ValueError, match="value_minibatches: expected a divisor"):
+        agents.trpo(signal(), value_minibatches=3)
+    with pytest.raises(ValueError, match="max_steps"):
+        agents.reinforce(signal(), max_steps=0)
     with pytest.raises(ValueError, match="num_updates"):
         agents.train(agent, None, num_updates=0)
     grid = envs.Environment(None, None, envs.Discrete(3), envs.Discrete(2))

@@ -80,3 +80,19 @@ def test_scores_have_mean_zero(make):
     for score in jax.tree.leaves(scores):
         error = score.std(0) / number**0.5
         assert np.all(np.abs(score.mean(0)) < 5 * error)
+
+
+@pytest.mark.parametrize("make", [policies.categorical, policies.gaussian])
+def test_divergences(make):
+    own = make()
+    if make is policies.categorical:
+        p, q = LOGITS[0], LOGITS[1]
+        wanted = distrax.Categorical(p).kl_divergence(distrax.Categorical(q))
+        barred = p.at[:, 0].set(-jnp.inf)
+        assert np.all(np.isfinite(own.kl(barred, q)))
+    else:
+        p, q = PAIR, jax.tree.map(lambda x: x[::-1], PAIR)
+        one, two = (distrax.MultivariateNormalDiag(m, jnp.exp(s)) for m, s in (p, q))
+        wanted = one.kl_divergence(two)
+    np.testing.assert_allclose(own.kl(p, q), wanted, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(own.kl(p, p), 0.0, atol=1e-6)

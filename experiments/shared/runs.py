@@ -127,7 +127,8 @@ def claim(directory: pathlib.Path, config: Any) -> None:
     """
     path = directory / "config.json"
     # What a run is does not depend on how many processes go on with it.
-    stored = dataclasses.replace(config, resume=False, processes=ALONE)
+    alone = {"processes": ALONE} if hasattr(config, "processes") else {}
+    stored = dataclasses.replace(config, resume=False, **alone)
 
     def make() -> None:
         if path.exists() and not config.resume:

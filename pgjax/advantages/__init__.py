@@ -7,6 +7,16 @@ A sample whose reward is not finite (its verifier failed) counts in no statistic
 from __future__ import annotations
 
 from pgjax.advantages.batch import batch_normalize, group_mean_batch_std
+from pgjax.advantages.bayes import (
+    bpg_model_1,
+    bpg_model_2,
+    bpg_natural_gradient,
+    fisher_inverse_update,
+    fisher_matrix,
+    whitened_scores,
+)
+from pgjax.advantages.bayes_critic import bac_gradient
+from pgjax.advantages.bayes_sparse import bpg_model_1_sparse, bpg_model_2_sparse
 from pgjax.advantages.conditional import conditional_advantage, median_split
 from pgjax.advantages.consistency import (
     answer_entropy,
@@ -77,8 +87,14 @@ __all__ = [
     "all_sets",
     "answer_entropy",
     "at_last_token",
+    "bac_gradient",
     "batch_centered",
     "batch_normalize",
+    "bpg_model_1",
+    "bpg_model_1_sparse",
+    "bpg_model_2",
+    "bpg_model_2_sparse",
+    "bpg_natural_gradient",
     "by_batch_std",
     "by_centered_batch_std",
     "by_group_std",
@@ -90,6 +106,8 @@ __all__ = [
     "duplicate_labels",
     "entropy_scale",
     "feature_novelty",
+    "fisher_inverse_update",
+    "fisher_matrix",
     "future_clarity",
     "global_prompt_advantage",
     "group_mean_batch_std",
@@ -132,4 +150,5 @@ __all__ = [
     "utility_weights",
     "weighted_centered",
     "weighted_leave_one_out",
+    "whitened_scores",
 ]

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from pgjax import _checks
 from pgjax.envs.core import Box, Discrete, Environment
-from pgjax.models import mlp
+from pgjax.models import layer_norm_mlp, mlp
 from pgjax.policies import distributions
 
 
@@ -83,5 +84,202 @@ def vector_size(env: Environment) -> int:
     if isinstance(kind, Discrete) or len(kind.shape) != 1:
         raise ValueError(
             f"env.observation: expected a vector, got {kind}; see envs.with_flat_observations"
+        )
+    return kind.shape[0]
+
+
+class Network(NamedTuple):
+    """A function with parameters.
+
+    Attributes:
+      init: `key -> params`.
+      apply: `(params, observation [..., O], ...) -> f32`, or a pytree of it.
+    """
+
+    init: Callable[[PRNGKeyArray], Any]
+    apply: Callable[..., Any]
+
+
+def q_network(
+    env: Environment,
+    *,
+    hidden: Sequence[int] = (256, 256),
+    activation: Callable[[Any], Any] = jax.nn.relu,
+) -> Network:
+    """Values of all actions, `(params, observation [..., O]) -> [..., A]`.
+
+    Raises:
+      ValueError: observations that are not vectors, actions that are not discrete.
+    """
+    sizes = (vector_size(env), *hidden, num_actions(env))
+    return Network(
+        init=lambda key: mlp.init(key, sizes),
+        apply=lambda params, observation: mlp.apply(params, observation, activation=activation),
+    )
+
+
+def layer_norm_q_network(
+    env: Environment,
+    *,
+    hidden: Sequence[int] = (256, 256),
+    activation: Callable[[Any], Any] = jax.nn.relu,
+) -> Network:
+    """`q_network` with layer normalisation before each activation, as PQN needs it.
+
+    Raises:
+      ValueError: observations that are not vectors, actions that are not discrete.
+
+    Source: Gallici et al. 2024, arXiv 2407.04811.
+    """
+    sizes = (vector_size(env), *hidden, num_actions(env))
+    return Network(
+        init=lambda key: layer_norm_mlp.init(key, sizes),
+        apply=lambda params, observation: layer_norm_mlp.apply(
+            params, observation, activation=activation
+        ),
+    )
+
+
+def value_network(
+    env: Environment,
+    *,
+    hidden: Sequence[int] = (256, 256),
+    activation: Callable[[Any], Any] = jax.nn.relu,
+) -> Network:
+    """The value of an observation, `(params, observation [..., O]) -> [...]`.
+
+    Raises:
+      ValueError: observations that are not vectors.
+    """
+    sizes = (vector_size(env), *hidden, 1)
+    return Network(
+        init=lambda key: mlp.init(key, sizes),
+        apply=lambda params, observation: mlp.apply(params, observation, activation=activation)[
+            ..., 0
+        ],
+    )
+
+
+def critics(
+    env: Environment,
+    *,
+    num: int = 2,
+    hidden: Sequence[int] = (256, 256),
+    activation: Callable[[Any], Any] = jax.nn.relu,
+) -> Network:
+    """Several values of an action, `(params, observation [..., O], action [..., D]) -> [num, ...]`.
+
+    Parameters are stacked in front; each network has its own start.
+
+    Raises:
+      ValueError: observations that are not vectors, actions outside [-1, 1], a `num` below 1.
+    """
+    _checks.in_range("num", num, 1)
+    sizes = (vector_size(env) + unit_actions(env), *hidden, 1)
+
+    def apply(params: Any, observation: Array, action: Array) -> Array:
+        both = jnp.concatenate([observation, action], axis=-1)
+        return jax.vmap(lambda one: mlp.apply(one, both, activation=activation)[..., 0])(params)
+
+    return Network(
+        init=lambda key: jax.vmap(lambda key: mlp.init(key, sizes))(jax.random.split(key, num)),
+        apply=apply,
+    )
+
+
+def deterministic_policy(
+    env: Environment,
+    *,
+    hidden: Sequence[int] = (256, 256),
+    activation: Callable[[Any], Any] = jax.nn.relu,
+) -> Network:
+    """An action in [-1, 1], `(params, observation [..., O]) -> [..., D]`: a tangent at the end.
+
+    Raises:
+      ValueError: observations that are not vectors, actions outside [-1, 1].
+    """
+    sizes = (vector_size(env), *hidden, unit_actions(env))
+    return Network(
+        init=lambda key: mlp.init(key, sizes, last_gain=0.01),
+        apply=lambda params, observation: jnp.tanh(
+            mlp.apply(params, observation, activation=activation)
+        ),
+    )
+
+
+def squashed_gaussian_policy(
+    env: Environment,
+    *,
+    hidden: Sequence[int] = (256, 256),
+    activation: Callable[[Any], Any] = jax.nn.relu,
+    log_std_range: tuple[float, float] = (-20.0, 2.0),
+) -> Network:
+    """Parameters of `policies.tanh_gaussian`: mean and log standard deviation, both `[..., D]`.
+
+    Both depend on the observation; the latter is cut off at the ends of its range.
+
+    Raises:
+      ValueError: observations that are not vectors, actions outside [-1, 1].
+
+    Source: SAC, Haarnoja et al. 2018, arXiv 1801.01290.
+    """
+    size = unit_actions(env)
+    sizes = (vector_size(env), *hidden, 2 * size)
+
+    def apply(params: Any, observation: Array) -> tuple[Array, Array]:
+        found = mlp.apply(params, observation, activation=activation)
+        return found[..., :size], jnp.clip(found[..., size:], *log_std_range)
+
+    return Network(init=lambda key: mlp.init(key, sizes, last_gain=0.01), apply=apply)
+
+
+def bounded_mean_policy(
+    env: Environment,
+    *,
+    hidden: Sequence[int] = (256, 256),
+    activation: Callable[[Any], Any] = jax.nn.relu,
+    log_std_range: tuple[float, float] = (-5.0, 2.0),
+) -> Network:
+    """Parameters of `policies.gaussian` whose mean, not whose samples, is kept in (-1, 1).
+
+    The log standard deviation does not depend on the observation, starts at 0 and is cut off at
+    the ends of its range.
+
+    Raises:
+      ValueError: observations that are not vectors, actions outside [-1, 1].
+
+    Source: IQL, Kostrikov et al. 2021, arXiv 2110.06169.
+    """
+    size = unit_actions(env)
+    sizes = (vector_size(env), *hidden, size)
+
+    def init(key: PRNGKeyArray) -> dict[str, Any]:
+        return {"mlp": mlp.init(key, sizes, last_gain=0.01), "log_std": jnp.zeros(size)}
+
+    def apply(params: Any, observation: Array) -> tuple[Array, Array]:
+        mean = jnp.tanh(mlp.apply(params["mlp"], observation, activation=activation))
+        log_std = jnp.clip(params["log_std"], *log_std_range)
+        return mean, jnp.broadcast_to(log_std, mean.shape)
+
+    return Network(init, apply)
+
+
+def num_actions(env: Environment) -> int:
+    """How many actions there are; raises ValueError where they are not discrete."""
+    if not isinstance(env.action, Discrete):
+        raise ValueError(f"env.action: expected Discrete actions, got {env.action}")
+    return env.action.num
+
+
+def unit_actions(env: Environment) -> int:
+    """Entries of an action; raises ValueError where they are not vectors in [-1, 1]."""
+    kind = env.action
+    if (
+        isinstance(kind, Discrete)
+        or len(kind.shape) != 1
+        or not (np.all(np.asarray(kind.low) == -1.0) and np.all(np.asarray(kind.high) == 1.0))
+    ):
+        raise ValueError(
+            f"env.action: expected a vector in [-1, 1], got {kind}; see envs.with_scaled_actions"
         )
     return kind.shape[0]

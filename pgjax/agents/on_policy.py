@@ -37,6 +37,16 @@ def decide(net: ActorCritic, params: Any) -> Any:
     return act
 
 
+def greedy(net: ActorCritic) -> Any:
+    """`Agent.act` by the distribution's mode."""
+
+    def act(state: State, key: PRNGKeyArray, observation: Any) -> Any:
+        del key
+        return net.distribution.mode(net.actor(state.params, observation))
+
+    return act
+
+
 def estimate(
     net: ActorCritic,
     params: Any,

@@ -18,6 +18,7 @@ from pgjax.agents import on_policy
 from pgjax.agents.agent import Agent, Metrics
 from pgjax.agents.networks import ActorCritic, actor_critic
 from pgjax.envs.core import Environment
+from pgjax.sampling import random_order
 from pgjax.sampling.environments import start_environments, unroll_environments
 
 
@@ -170,7 +171,7 @@ def ppo(
             updates, opt_state = adam.update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), metrics
 
-        orders = jax.vmap(lambda key: jax.random.permutation(key, size))(
+        orders = jax.vmap(lambda key: random_order(key, size))(
             jax.random.split(epoch_key, num_epochs)
         )
         parts = orders.reshape(num_epochs * num_minibatches, size // num_minibatches)
@@ -180,8 +181,4 @@ def ppo(
         state = on_policy.State(*carry, running, key, state.updates + 1)
         return state, metrics | on_policy.finished(episodes)
 
-    def act(state: on_policy.State, key: PRNGKeyArray, observation: Any) -> Any:
-        del key
-        return net.distribution.mode(net.actor(state.params, observation))
-
-    return Agent(init, update, act, size)
+    return Agent(init, update, on_policy.greedy(net), size)

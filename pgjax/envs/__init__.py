@@ -1,6 +1,7 @@
 """Environments as pure functions: state in, state out, whole batches under `vmap`."""
 
-from pgjax.envs import control, four_rooms, textquest
+from pgjax.envs import control, four_rooms, inventory, puzzles, sde, supply_network, textquest
+from pgjax.envs.adapters import from_brax, from_gymnax, from_jumanji, from_navix
 from pgjax.envs.core import (
     Box,
     Discrete,
@@ -19,7 +20,15 @@ __all__ = [
     "Step",
     "control",
     "four_rooms",
+    "from_brax",
+    "from_gymnax",
+    "from_jumanji",
+    "from_navix",
+    "inventory",
+    "puzzles",
+    "sde",
     "step_or_reset",
+    "supply_network",
     "textquest",
     "with_flat_observations",
     "with_scaled_actions",

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from pgjax.models import lora, low_bit, mlp, quantization, single_layer
+from pgjax.models import (
+    inventory,
+    layer_norm_mlp,
+    lora,
+    low_bit,
+    mlp,
+    quantization,
+    single_layer,
+    supply_graph,
+)
 from pgjax.models.cache import (
     CompletionCache,
     PrefixCache,
@@ -43,6 +52,8 @@ __all__ = [
     "from_pretrained",
     "init",
     "insert_prefix",
+    "inventory",
+    "layer_norm_mlp",
     "load_balancing_loss",
     "load_head",
     "load_reward_model",
@@ -57,6 +68,7 @@ __all__ = [
     "score_head_init",
     "score_head_logical_axes",
     "single_layer",
+    "supply_graph",
     "value_head_apply",
     "value_head_init",
     "value_head_logical_axes",

@@ -25,12 +25,14 @@ class Distribution(NamedTuple):
       log_prob: `(parameters, action) -> f32 [...]`, in nats.
       entropy: `parameters -> f32 [...]`, in nats; None where it has no closed form.
       mode: `parameters -> action`, what to do where no exploration is wanted.
+      kl: `(p, q) -> f32 [...]`, the divergence KL(p ‖ q) in nats; None where it has no closed form.
     """
 
     sample: Callable[[PRNGKeyArray, Any], Any]
     log_prob: Callable[[Any, Any], Float[Array, "*B"]]
     entropy: Callable[[Any], Float[Array, "*B"]] | None
     mode: Callable[[Any], Any]
+    kl: Callable[[Any, Any], Float[Array, "*B"]] | None = None
 
 
 def categorical() -> Distribution:
@@ -46,11 +48,17 @@ def categorical() -> Distribution:
         finite = jnp.where(jnp.isneginf(every), 0.0, every)
         return -jnp.sum(jnp.exp(every) * finite, axis=-1)
 
+    def kl(p: Float[Array, "*B A"], q: Float[Array, "*B A"]) -> Float[Array, "*B"]:
+        log_p, log_q = jax.nn.log_softmax(_float(p)), jax.nn.log_softmax(_float(q))
+        never = jnp.isneginf(log_p)  # 0 log 0 = 0
+        return jnp.sum(jnp.exp(log_p) * jnp.where(never, 0.0, log_p - log_q), axis=-1)
+
     return Distribution(
         sample=lambda key, logits: jax.random.categorical(key, _float(logits)).astype(jnp.int32),
         log_prob=log_prob,
         entropy=entropy,
         mode=lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.int32),
+        kl=kl,
     )
 
 
@@ -66,6 +74,7 @@ def gaussian() -> Distribution:
         log_prob=lambda parameters, action: _normal_log_prob(parameters, action),
         entropy=_normal_entropy,
         mode=lambda parameters: parameters[0],
+        kl=_normal_kl,
     )
 
 
@@ -89,6 +98,7 @@ def tanh_gaussian() -> Distribution:
         log_prob=log_prob,
         entropy=None,
         mode=lambda parameters: jnp.tanh(parameters[0]),
+        kl=_normal_kl,  # a one-to-one map of both leaves it as it is
     )
 
 
@@ -126,6 +136,13 @@ def _normal_entropy(parameters: tuple[Array, Array]) -> Float[Array, "*B"]:
     mean, log_std = parameters
     every = jnp.broadcast_to(_float(log_std), mean.shape)
     return jnp.sum(every + 0.5 + _LOG_ROOT_2PI, axis=-1)
+
+
+def _normal_kl(p: tuple[Array, Array], q: tuple[Array, Array]) -> Float[Array, "*B"]:
+    (mean, log_std), (other, other_log_std) = jax.tree.map(_float, (p, q))
+    ratio = jnp.exp(2.0 * (log_std - other_log_std))
+    away = jnp.square((mean - other) * jnp.exp(-other_log_std))
+    return jnp.sum(0.5 * (ratio + away - 1.0) - (log_std - other_log_std), axis=-1)
 
 
 def _float(x: Array) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pgjax.sampling import engines, speculative
+from pgjax.sampling import engines, replay, speculative
 from pgjax.sampling.continuous import generate_continuous
 from pgjax.sampling.environments import (
     Decision,
@@ -11,6 +11,7 @@ from pgjax.sampling.environments import (
     start_environments,
     unroll_environments,
 )
+from pgjax.sampling.epsilon_greedy import epsilon_greedy
 from pgjax.sampling.filters import (
     filter_logits,
     min_p_threshold,
@@ -20,6 +21,7 @@ from pgjax.sampling.filters import (
 from pgjax.sampling.multiturn import flatten_turns
 from pgjax.sampling.prompts import pad_prompts
 from pgjax.sampling.samples import Samples
+from pgjax.sampling.shuffle import random_order
 from pgjax.sampling.text import generate
 from pgjax.sampling.vines import Steps, Vines, vine_rollout
 
@@ -31,12 +33,15 @@ __all__ = [
     "Steps",
     "Vines",
     "engines",
+    "epsilon_greedy",
     "filter_logits",
     "flatten_turns",
     "generate",
     "generate_continuous",
     "min_p_threshold",
     "pad_prompts",
+    "random_order",
+    "replay",
     "speculative",
     "start_environments",
     "top_k_threshold",

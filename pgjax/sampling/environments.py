@@ -96,13 +96,14 @@ def unroll_environments(
     _checks.in_range("num_steps", num_steps, 1)
     num_envs = running.returns.shape[0]
     many = jax.vmap(functools.partial(step_or_reset, env))
+    # All at once: many small calls of the generator, one after the other, cost more than the steps.
+    act_key, env_key = jax.random.split(key)
+    keys = jax.random.split(act_key, num_steps), jax.random.split(env_key, (num_steps, num_envs))
 
-    def one(running: Running, key: PRNGKeyArray) -> tuple[Running, tuple[Transition, Episodes]]:
-        act_key, env_key = jax.random.split(key)
+    def one(running: Running, keys: Any) -> tuple[Running, tuple[Transition, Episodes]]:
+        act_key, env_keys = keys
         decision = act(act_key, running.observation)
-        step, state, observation = many(
-            jax.random.split(env_key, num_envs), running.state, decision.action
-        )
+        step, state, observation = many(env_keys, running.state, decision.action)
         returns, lengths = running.returns + step.reward, running.lengths + 1
         ended = step.terminated | step.truncated
         transition = Transition(
@@ -120,5 +121,5 @@ def unroll_environments(
         )
         return running, (transition, Episodes(ended, returns, lengths))
 
-    running, (transitions, episodes) = jax.lax.scan(one, running, jax.random.split(key, num_steps))
+    running, (transitions, episodes) = jax.lax.scan(one, running, keys)
     return running, transitions, episodes

@@ -1,0 +1,105 @@
+"""Environment steps per second of whole PPO training on CartPole, beside what one would write.
+
+At 4, 256 and 4,096 environments, 128 steps, four epochs of four minibatches, two networks of 64 and
+64: our agent beside the same algorithm in one file on gymnax, distrax, Flax and Optax, compiled as
+a whole too, and beside torch with Gymnasium's vectorised environments (where they are installed).
+Ours also bootstraps from the last observation of episodes that were cut off, which the others do
+not; it is timed without, as they are, and with. Ratios are ours / theirs in time, below 1 faster.
+Exits with 1 where one is above its limit.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from typing import Any
+
+import jax
+
+from experiments.benchmarks import control_peers, harness
+from pgjax import agents
+from pgjax.envs import control
+
+SIZES = {4: 20, 256: 5, 4096: 3}  # environments: timed runs
+
+
+def ours(numbers: control_peers.Numbers, *, bootstrap: bool, updates: int) -> tuple[Any, Any]:
+    """A state, and a compiled run of so many updates."""
+    agent = agents.ppo(
+        control.cart_pole(),
+        num_envs=numbers.num_envs,
+        num_steps=numbers.num_steps,
+        num_epochs=numbers.epochs,
+        num_minibatches=numbers.minibatches,
+        learning_rate=numbers.rate,
+        bootstrap_truncated=bootstrap,
+    )
+    train = jax.jit(functools.partial(agents.train, agent, num_updates=updates))
+    return agent.init(jax.random.key(0)), lambda state: train(state)
+
+
+def compared(num_envs: int, runs: int) -> list[harness.Row]:
+    """Both forms of ours beside the one file, and one beside torch."""
+    numbers = control_peers.Numbers(num_envs)
+    updates = max(1, 256 // num_envs)
+    steps = updates * num_envs * numbers.num_steps
+    name = f"PPO, {num_envs:,} environments"
+    rows = []
+    their_state, their_update = control_peers.one_file_jax(numbers)
+
+    @jax.jit
+    def theirs(state: Any) -> Any:
+        return jax.lax.scan(lambda s, _: (their_update(s), None), state, None, updates)[0]
+
+    for bootstrap in (False, True):
+        state, run = ours(numbers, bootstrap=bootstrap, updates=updates)
+        mine, other, ratio = harness.paired_seconds(
+            functools.partial(run, state), functools.partial(theirs, their_state), runs=runs
+        )
+        rows.append(
+            harness.Row(
+                name=name + (", time limits bootstrapped" if bootstrap else ""),
+                peer="one file on gymnax",
+                ours=f"{steps / mine:,.0f} steps/s",
+                theirs=f"{steps / other:,.0f} steps/s",
+                ratio=ratio,
+                limit=None if bootstrap else 1.0,
+            )
+        )
+    if all(importlib.util.find_spec(x) for x in ("torch", "gymnasium")):
+        state, run = ours(numbers, bootstrap=True, updates=updates)
+        update = control_peers.torch_and_numpy(numbers)
+
+        def torch_updates() -> None:
+            for _ in range(updates):
+                update()
+
+        few = 1 if num_envs > 1000 else 2
+        mine, other, ratio = harness.paired_seconds(
+            functools.partial(run, state), torch_updates, runs=few
+        )
+        rows.append(
+            harness.Row(
+                name=name,
+                peer="torch and Gymnasium",
+                ours=f"{steps / mine:,.0f} steps/s",
+                theirs=f"{steps / other:,.0f} steps/s",
+                ratio=ratio,
+                limit=1 / 20 if num_envs == 4096 else None,
+            )
+        )
+    return rows
+
+
+def rows() -> list[harness.Row]:
+    """For each number of environments."""
+    return [row for num_envs, runs in SIZES.items() for row in compared(num_envs, runs)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return harness.main("control", __doc__, rows, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the experiments on environments share: worlds by name, runs of many seeds, pictures."""
