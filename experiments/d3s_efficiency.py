@@ -1,20 +1,25 @@
 """D3S: the same reward from fewer tokens of gradient, by choosing rows and tokens.
 
 The tiny transformer of `shared.digits` answers in a format that it knows, each of its 64 prompts
-with digits that have to be learnt by heart. All prompts are in every batch. Half were demonstrated
-rightly and are nearly solved; of the others a fifth of the demonstrations was right, or no more
-than chance, so that one answer in five or in sixty-four scores at first.
+with digits that have to be learnt by heart. All prompts are in every batch. For one prompt in eight
+all demonstrations were right, so that it is nearly solved; for one in eight none was more than
+chance, so that one answer in sixty-four scores; for the others half were, and between a third and a
+half of the answers score at first. The mix and the number of batches were chosen by GRPO alone, on
+the seeds that tune the learning rates, for two rows in five of GRPO to have a signal, as in the
+task that the 85% below were asked for. Where half of the prompts are nearly solved and a quarter
+hopeless it is one row in nine, fewer than D3S is to use. Nearly all that can be learnt is learnt in
+the end, so that the final rewards of good methods differ by little.
 
 Compared at equal samples, each method at its best of one list of Adam's learning rates, chosen on
-other seeds: GRPO on all tokens; PODS, the rows of largest reward variance in each group; D3S's rows
-within groups and across the batch, without its token level; both levels at a fixed share; and D3S
-with its schedule. The paper does not state where the schedule ends. That under a fifth of all
-tokens is used and nearly all chosen rows have a signal, which it does state, is impossible if all
-rows are used in the end, so the schedule stops before; that it goes on to all of them is shown as
-well. A larger step is no gain of the method, hence the tuning. Exits 1 if D3S does not come to the
-tuned GRPO's final reward with 60% of its update tokens, if fewer than 85% of its rows have a
-signal, or if the best learning rate of either lies at an end of the list, where it may not be the
-best.
+other seeds: GRPO on all tokens; PODS, the rows of largest reward variance in each group; and D3S
+with its schedule. With `--ablations` also D3S's rows within groups and across the batch, without
+its token level; both levels at a fixed share; and a schedule that ends at all rows and tokens. The
+paper does not state where the schedule ends. That under a fifth of all tokens is used and nearly
+all chosen rows have a signal, which it does state, is impossible if all rows are used in the end,
+so the schedule of D3S stops before. A larger step is no gain of the method, hence the tuning.
+Exits 1 if D3S does not come to the tuned GRPO's final reward with 60% of its update tokens, if
+fewer than 85% of its rows have a signal, or if the best learning rate of either lies at an end of
+the list, where it may not be the best.
 """
 
 from __future__ import annotations
@@ -46,15 +51,15 @@ class Config:
     """Independent runs of every method."""
     tuning_seeds: int = 3
     """Others, by which each method's learning rate is chosen."""
-    steps: int = 100
+    steps: int = 40
     """Batches."""
     group_size: int = 8
     """Samples of each prompt."""
     choices: int = 8
     """Different digits; all pairs of them are prompts."""
-    demonstrated: tuple[float, ...] = (1.0, 0.2, 1.0, 0.0)
+    demonstrated: tuple[float, ...] = (1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.0)
     """Shares of right demonstrations, by kind of prompt."""
-    pretraining: int = 1000
+    pretraining: int = 2000
     """Updates on demonstrations."""
     width: int = 32
     """Of the transformer."""
@@ -72,6 +77,8 @@ class Config:
     """Share of rows of the methods without a schedule."""
     fixed_tokens: float = 0.5
     """Share of tokens of both levels without a schedule."""
+    ablations: bool = False
+    """Also parts of D3S, and another end of its schedule."""
     quick: bool = False
     """A tiny version, for tests."""
 
@@ -133,7 +140,7 @@ def methods(config: Config) -> dict[str, pg.Objective]:
             tokens=(config.tokens, config.last_tokens),
         ),
     }
-    names = ("GRPO", "PODS", "D3S") if config.quick else found
+    names = found if config.ablations else ("GRPO", "PODS", "D3S")
     return {name: metered(found[name]) for name in names}
 
 
@@ -234,8 +241,8 @@ def run(config: Config) -> reproduction.Findings:
     claims = [
         reproduction.Claim(
             "D3S comes to the tuned GRPO's final reward with at most 60% of its update tokens",
-            bool(np.mean(cost) <= 0.6),
-            f"{np.mean(cost):.3f} (at most 0.600)",
+            bool(np.mean(cost) <= 0.6),  # not a number if one seed does not come to it
+            f"{np.mean(cost):.3f} (at most 0.600); {np.isfinite(cost).sum()} seeds come to it",
         ),
         reproduction.above(
             "most rows that D3S learns from have a signal", table["D3S"]["usefulness"], 0.85
