@@ -4,7 +4,7 @@ A matrix optimizer is `matrix_transform` of an oracle (`oracles`), a power of th
 shape factor and a `momentum`; `by_role` and `route` say which leaves get it.
 """
 
-from pgjax.optim import coefficients, oracles
+from pgjax.optim import coefficients, natural, oracles
 from pgjax.optim.adagrad import AdagradNormState, adagrad_norm, scale_by_adagrad_norm
 from pgjax.optim.combine import MatrixState, matrix_transform
 from pgjax.optim.dion import Dion2State, DionState, scale_by_dion, scale_by_dion2
@@ -208,6 +208,7 @@ __all__ = [
     "mirror_step",
     "momentum",
     "muon",
+    "natural",
     "nesterov_params",
     "nonfinite_leaves",
     "normalize_global",
