@@ -150,6 +150,7 @@ def plan(config: Config) -> dict[str, Any]:
         )
     for name, one in facts.items():
         found[name] = {**dataclasses.asdict(one), "total": one.total}
+    found["prompts"], found["row_ways"] = config.rows // config.samples, parallel.row_ways(mesh)
     return found
 
 

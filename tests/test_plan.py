@@ -42,7 +42,9 @@ def planned(directory, mesh, rows, model=LLAMA):
     assert "training step: fits" in done.stdout and "decoding step: fits" in done.stdout
     where = directory / f"tiny_{mesh.replace(',', '_')}"
     assert (where / "plan.png").read_bytes()[:4] == b"\x89PNG"
-    return json.loads((where / "plan.json").read_text())
+    found = json.loads((where / "plan.json").read_text())
+    assert ("no equal parts" in done.stdout) == (found["prompts"] % found["row_ways"] > 0)
+    return found
 
 
 def test_bytes_held_and_sent(tmp_path):
@@ -69,6 +71,13 @@ def test_bytes_held_and_sent(tmp_path):
         sixteen["update"]["sent"]["all-gather, each layer"]
         == four["update"]["sent"]["all-gather, each layer"]
     )
+
+
+def test_prompts_that_cannot_be_divided_are_on_every_device(tmp_path):
+    found = planned(tmp_path, "fsdp=4", 4)
+    assert (found["prompts"], found["row_ways"]) == (2, 4)
+    whole = 2 * 3 * 2 * 2 * (4 + 2 * 12) * 8 * 4
+    assert found["decode"]["memory"]["cache"] == pytest.approx(whole, abs=16)
 
 
 def test_experts_stay_on_their_devices(tmp_path):

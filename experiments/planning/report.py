@@ -56,6 +56,12 @@ def report(config: Any, found: Mapping[str, Any]) -> None:
             f"peak; compiled in {facts['seconds']:.0f} s"
             + ("" if facts["exact"] else "; loops of unknown length counted once")
         )
+    if "decode" in programs and found["prompts"] % found["row_ways"]:
+        rich.print(
+            f"{found['prompts']} prompts are no equal parts for {found['row_ways']} devices: each "
+            "holds the cache of all of them while decoding; "
+            f"--rows {found['row_ways'] * config.samples} is one for each"
+        )
     where = config.out / f"{pathlib.Path(config.model).name}_{config.mesh.replace(',', '_')}"
     where.mkdir(parents=True, exist_ok=True)
     runs.write_json(where / "plan.json", {"config": dataclasses.asdict(config), **found})
