@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PRNGKeyArray
 
@@ -14,7 +13,7 @@ from pgjax.agents import on_policy
 from pgjax.agents.agent import Agent, Metrics
 from pgjax.agents.networks import ActorCritic, actor_critic
 from pgjax.envs.core import Environment
-from pgjax.sampling.environments import start_environments, unroll_environments
+from pgjax.sampling.environments import unroll_environments
 
 
 def a2c(
@@ -71,10 +70,7 @@ def a2c(
     transform = optimizer
 
     def init(key: PRNGKeyArray) -> on_policy.State:
-        net_key, env_key, key = jax.random.split(key, 3)
-        params = net.init(net_key)
-        running = start_environments(env, env_key, num_envs)
-        return on_policy.State(params, transform.init(params), running, key, jnp.int32(0))
+        return on_policy.initial(env, net, transform.init, key, num_envs=num_envs)
 
     def update(state: on_policy.State) -> tuple[on_policy.State, Metrics]:
         key, act_key = jax.random.split(state.key)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from pgjax import _checks, returns
+from pgjax import _checks, advantages, returns
 from pgjax.agents.agent import Metrics
 from pgjax.agents.networks import ActorCritic
-from pgjax.sampling.environments import Decision, Episodes, Running
+from pgjax.envs.core import Environment
+from pgjax.sampling import random_order
+from pgjax.sampling.environments import Decision, Episodes, Running, start_environments
 from pgjax.types import Transition
 
 
@@ -78,6 +82,29 @@ def estimate(
     return found, found + seen.value
 
 
+def initial(
+    env: Environment,
+    net: Any,
+    optimizer_init: Callable[[Any], Any],
+    key: PRNGKeyArray,
+    *,
+    num_envs: int,
+) -> State:
+    """The state before the first update; `net` is anything with an `init`."""
+    net_key, env_key, key = jax.random.split(key, 3)
+    params = net.init(net_key)
+    running = start_environments(env, env_key, num_envs)
+    return State(params, optimizer_init(params), running, key, jnp.int32(0))
+
+
+def minibatches(
+    key: PRNGKeyArray, size: int, *, num_epochs: int, num_minibatches: int
+) -> Int[Array, "P B"]:
+    """Rows of each minibatch, P = epochs x minibatches; every epoch has all rows in a new order."""
+    orders = jax.vmap(lambda key: random_order(key, size))(jax.random.split(key, num_epochs))
+    return orders.reshape(num_epochs * num_minibatches, size // num_minibatches)
+
+
 def annealed(rate: float, over: int | None, steps: int) -> optax.ScalarOrSchedule:
     """Falls to 0 over so many updates of `steps` optimizer steps, and within none of them."""
     if over is None:
@@ -86,9 +113,9 @@ def annealed(rate: float, over: int | None, steps: int) -> optax.ScalarOrSchedul
     return lambda count: rate * jnp.maximum(0.0, 1.0 - count // steps / over)
 
 
-def standardize(x: Float[Array, " B"]) -> Float[Array, " B"]:
-    """To mean 0 and population standard deviation 1."""
-    return (x - x.mean()) / (x.std() + 1e-8)
+def standardize(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """`advantages.batch_normalize` over all axes, by the population's standard deviation."""
+    return advantages.batch_normalize(x.reshape(-1), ddof=0, epsilon=1e-8).reshape(x.shape)
 
 
 def entropy_of(net: ActorCritic, parameters: Any, log_prob: Array) -> Float[Array, ""]:

@@ -18,8 +18,7 @@ from pgjax.agents import on_policy
 from pgjax.agents.agent import Agent, Metrics
 from pgjax.agents.networks import ActorCritic, actor_critic
 from pgjax.envs.core import Environment
-from pgjax.sampling import random_order
-from pgjax.sampling.environments import start_environments, unroll_environments
+from pgjax.sampling.environments import unroll_environments
 
 
 class Batch(NamedTuple):
@@ -115,10 +114,7 @@ def ppo(
     adam = optimizer
 
     def init(key: PRNGKeyArray) -> on_policy.State:
-        net_key, env_key, key = jax.random.split(key, 3)
-        params = net.init(net_key)
-        running = start_environments(env, env_key, num_envs)
-        return on_policy.State(params, adam.init(params), running, key, jnp.int32(0))
+        return on_policy.initial(env, net, adam.init, key, num_envs=num_envs)
 
     def loss_of(params: Any, part: Batch) -> tuple[Array, Metrics]:
         parameters = net.actor(params, part.observation)
@@ -171,10 +167,9 @@ def ppo(
             updates, opt_state = adam.update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), metrics
 
-        orders = jax.vmap(lambda key: random_order(key, size))(
-            jax.random.split(epoch_key, num_epochs)
+        parts = on_policy.minibatches(
+            epoch_key, size, num_epochs=num_epochs, num_minibatches=num_minibatches
         )
-        parts = orders.reshape(num_epochs * num_minibatches, size // num_minibatches)
         carry, stacked = jax.lax.scan(minibatch, (state.params, state.opt_state), parts)
         metrics = {name: x.mean() for name, x in stacked.items()}
         metrics["explained_variance"] = on_policy.explained_variance(batch.value, batch.target)

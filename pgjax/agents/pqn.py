@@ -18,8 +18,7 @@ from pgjax.agents import off_policy, on_policy
 from pgjax.agents.agent import Agent, Metrics
 from pgjax.agents.networks import Network, layer_norm_q_network, num_actions
 from pgjax.envs.core import Environment
-from pgjax.sampling import random_order
-from pgjax.sampling.environments import Decision, start_environments, unroll_environments
+from pgjax.sampling.environments import Decision, unroll_environments
 from pgjax.sampling.epsilon_greedy import epsilon_greedy
 from pgjax.types import Transition
 
@@ -107,10 +106,7 @@ def pqn(
     exploration = optax.linear_schedule(*epsilon, explore_over)
 
     def init(key: PRNGKeyArray) -> on_policy.State:
-        net_key, env_key, key = jax.random.split(key, 3)
-        params = net.init(net_key)
-        running = start_environments(env, env_key, num_envs)
-        return on_policy.State(params, descent.init(params), running, key, jnp.int32(0))
+        return on_policy.initial(env, net, descent.init, key, num_envs=num_envs)
 
     def targets_of(
         params: Any, seen: Transition, chosen: Array, last_observation: Any
@@ -164,10 +160,9 @@ def pqn(
             grads, metrics = jax.grad(loss_of, has_aux=True)(params, part)
             return off_policy.descend(descent, grads, opt_state, params), metrics
 
-        orders = jax.vmap(lambda key: random_order(key, size))(
-            jax.random.split(epoch_key, num_epochs)
+        parts = on_policy.minibatches(
+            epoch_key, size, num_epochs=num_epochs, num_minibatches=num_minibatches
         )
-        parts = orders.reshape(num_epochs * num_minibatches, size // num_minibatches)
         (params, opt_state), stacked = jax.lax.scan(
             minibatch, (state.params, state.opt_state), parts
         )

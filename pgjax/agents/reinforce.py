@@ -65,10 +65,7 @@ def reinforce(
     transform = optax.adam(rate) if optimizer is None else optimizer
 
     def init(key: PRNGKeyArray) -> on_policy.State:
-        net_key, env_key, key = jax.random.split(key, 3)
-        params = net.init(net_key)
-        running = start_environments(env, env_key, num_envs)
-        return on_policy.State(params, transform.init(params), running, key, jnp.int32(0))
+        return on_policy.initial(env, net, transform.init, key, num_envs=num_envs)
 
     def update(state: on_policy.State) -> tuple[on_policy.State, Metrics]:
         key, env_key, act_key = jax.random.split(state.key, 3)

@@ -16,8 +16,7 @@ from pgjax.agents.agent import Agent, Metrics
 from pgjax.agents.networks import ActorCritic, actor_critic
 from pgjax.envs.core import Environment
 from pgjax.optim import natural
-from pgjax.sampling import random_order
-from pgjax.sampling.environments import start_environments, unroll_environments
+from pgjax.sampling.environments import unroll_environments
 
 Function = Callable[[Any], Float[Array, ""]]
 
@@ -113,10 +112,9 @@ def _agent(
     adam = optax.adam(value_rate)
 
     def init(key: PRNGKeyArray) -> on_policy.State:
-        net_key, env_key, key = jax.random.split(key, 3)
-        params = net.init(net_key)
-        running = start_environments(env, env_key, num_envs)
-        return on_policy.State(params, adam.init(params["critic"]), running, key, jnp.int32(0))
+        return on_policy.initial(
+            env, net, lambda params: adam.init(params["critic"]), key, num_envs=num_envs
+        )
 
     def update(state: on_policy.State) -> tuple[on_policy.State, Metrics]:
         key, act_key, epoch_key = jax.random.split(state.key, 3)
@@ -172,10 +170,9 @@ def _agent(
             updates, opt_state = adam.update(grads, opt_state, critic)
             return (optax.apply_updates(critic, updates), opt_state), value_loss
 
-        orders = jax.vmap(lambda key: random_order(key, size))(
-            jax.random.split(epoch_key, value_epochs)
+        parts = on_policy.minibatches(
+            epoch_key, size, num_epochs=value_epochs, num_minibatches=value_minibatches
         )
-        parts = orders.reshape(value_epochs * value_minibatches, -1)
         (critic, opt_state), losses = jax.lax.scan(fit, (params["critic"], state.opt_state), parts)
         metrics = {
             "kl": found.distance,
