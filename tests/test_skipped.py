@@ -561,8 +561,9 @@ def test_a_checkpoint_is_not_trained_on_what_is_not_finite(tmp_path, monkeypatch
     options = {"steps": 8, "batch-size": 4, "lengths": 64}
     assert sft.main(llm.flags(model, task, tmp_path / "sft", **options)) == 3
     said = capsys.readouterr().out
-    assert "all of the batch and of the parameters is finite" in said
-    assert str(tmp_path / "sft" / "skipped" / "sft" / "step_5.json") in said
+    assert "sft: the parameters are not finite after step 2, and are not saved" in said
+    assert str(tmp_path / "sft" / "skipped" / "sft" / "step_2.json") in said
+    assert "parameters not finite: " in said and "before they were lost" in said
 
 
 @pytest.mark.slow
