@@ -1,14 +1,16 @@
 """GTPO: learning right answers without losing the format they have to come in.
 
 A tiny transformer (`experiments.shared.digits`) has read demonstrations of a format, an opening
-token, digits and a closing token, most of them with random digits. The reward is 2 for a
-well-formed answer and 10 more for one with the right digits.
+token, two of four digits and a closing token, most of them with random digits. The reward is 2 for
+a well-formed answer and 10 more for one with the right digits. Its entropy starts at .64 nats a
+token, below the ln 2 from which on GTPO's filter never acts (with six digits, and one demonstration
+in ten right, it starts at .91); GRPO alone was looked at in choosing this, on the seeds that tune.
 
 Compared over a long run: GRPO and GTPO at every learning rate of Adam, of a list, at which GRPO
 without KL loses a tenth of its formats, judged on seeds of its own; and, at the lowest of these,
 GRPO with a KL penalty and GTPO without its conflict weights, its entropy gate, its entropy term.
 Exits 1 if there is no such rate, if GTPO's lowest format rate after warm-up lies below GRPO's on
-average over rates and seeds, or if its entropy rises above where it began.
+average over rates and seeds, or if its entropy starts or rises above the filter's ln 2.
 """
 
 from __future__ import annotations
@@ -36,8 +38,10 @@ class Config:
 
     out: pathlib.Path = pathlib.Path("runs/gtpo_format")
     """Where results go."""
-    seeds: int = 8
+    seeds: int = 12
     """Independent runs of every method."""
+    first_seed: int = 100
+    """The others follow it."""
     tuning_seeds: int = 4
     """Others, by which the learning rate is chosen."""
     steps: int = 200
@@ -46,9 +50,11 @@ class Config:
     """Batches before format rates and entropies count."""
     pretraining: int = 300
     """Updates on demonstrations."""
-    demonstrated: float = 0.1
+    choices: int = 4
+    """Different digits."""
+    demonstrated: float = 0.3
     """Share of demonstrations with the right digits."""
-    learning_rates: tuple[float, ...] = (0.0005, 0.001, 0.002, 0.003, 0.005)
+    learning_rates: tuple[float, ...] = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.008)
     """Of Adam, after ten steps of growth; those at which GRPO degrades are used."""
     kl_coefficient: float = 0.04
     """Of the penalised GRPO."""
@@ -83,7 +89,7 @@ def lost(formed: Float[np.ndarray, "S K"], warm_up: int) -> Float[np.ndarray, " 
 
 
 def run(config: Config) -> reproduction.Findings:
-    task = digits.Digits(demonstrated=config.demonstrated)
+    task = digits.Digits(choices=config.choices, demonstrated=config.demonstrated)
     if config.quick:
         task = dataclasses.replace(task, prompts=2, group_size=4)
         config = dataclasses.replace(
@@ -124,7 +130,9 @@ def run(config: Config) -> reproduction.Findings:
     found: dict[str, dict[str, np.ndarray]] = {}
     for name, objective in methods(config).items():
         at = rates if name in COMPARED else rates[:1]
-        curves = learner(objective)(rates=at, seeds=config.seeds, label=name)
+        curves = learner(objective)(
+            rates=at, seeds=config.seeds, first_seed=config.first_seed, label=name
+        )
         for index, rate in enumerate(at):
             found[f"{name}, {rate:g}"] = {column: x[index] for column, x in curves.items()}
     after = {
@@ -167,10 +175,10 @@ def run(config: Config) -> reproduction.Findings:
             f"not below in {np.sum(lowest >= other)} of {lowest.size} runs",
         ),
         reproduction.Claim(
-            "GTPO's mean entropy does not rise above where it began",
-            bool(np.all(highest.mean(1) <= start)),
+            "GTPO's mean entropy starts, and stays, below ln 2",
+            bool(start <= np.log(2) and np.all(highest.mean(1) <= np.log(2))),
             ", ".join(f"{x.mean():.3f} at {r:g}" for x, r in zip(highest, rates, strict=True))
-            + f" at most, {start:.3f} in the beginning",
+            + f" at most, {start:.3f} in the beginning, ln 2 is {np.log(2):.3f}",
         ),
     ]
     steps = np.arange(config.steps)

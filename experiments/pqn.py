@@ -40,10 +40,15 @@ class Config(run.Config):
     """Sizes of the hidden layers."""
 
 
-def make_agent(env: envs.Environment, updates: int, config: Config) -> agents.Agent:
+def make_agent(
+    env: envs.Environment,
+    updates: int,
+    config: Config,
+    network: agents.Network | None = None,
+) -> agents.Agent:
     return agents.pqn(
         env,
-        agents.layer_norm_q_network(env, hidden=config.hidden),
+        network or agents.layer_norm_q_network(env, hidden=config.hidden),
         num_envs=config.num_envs,
         num_steps=config.num_steps,
         num_epochs=config.epochs,

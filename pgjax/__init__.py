@@ -26,6 +26,7 @@ __version__ = "0.1.0"
 
 _LAZY = (
     "agents",
+    "contrastive",
     "curriculum",
     "diagnostics",
     "envs",
@@ -46,6 +47,7 @@ _LAZY = (
 if TYPE_CHECKING:
     from pgjax import (
         agents,
+        contrastive,
         curriculum,
         diagnostics,
         envs,
@@ -83,6 +85,7 @@ __all__ = [
     "advantages",
     "agents",
     "aggregate",
+    "contrastive",
     "curriculum",
     "diagnostics",
     "envs",

@@ -67,6 +67,18 @@ def test_a_stopped_run_goes_on_to_the_bit(tmp_path, capsys, monkeypatch):
         np.testing.assert_array_equal(one[name], two[name])
 
 
+@pytest.mark.slow
+def test_images(tmp_path, capsys):
+    pytest.importorskip("gymnax")
+    sizes = ["--steps", "64", "--num-envs", "4", "--num-steps", "8", "--minibatches", "2"]
+    out = tmp_path / "run"
+    assert main("pqn_minatar")([*sizes, *TINY, "--out", str(out)]) == 0
+    assert "pqn_minatar on Breakout-MinAtar" in capsys.readouterr().out
+    assert (out / "curves.png").stat().st_size > 100
+    assert main("pqn_minatar")(["--env", "CartPole-v1", "--out", str(tmp_path / "other")]) == 2
+    assert "expected one whose observations are images" in capsys.readouterr().err
+
+
 def test_mistakes(tmp_path, capsys):
     assert main("ppo")(["--env", "CartPol-v1", "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err

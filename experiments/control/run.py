@@ -106,12 +106,17 @@ def sizes(config: Config, steps_of_update: int) -> tuple[int, int]:
     return math.ceil(updates / parts), parts
 
 
-def run(name: str, config: _Config, make_agent: MakeAgent[_Config]) -> int:
+def run(
+    name: str,
+    config: _Config,
+    make_agent: MakeAgent[_Config],
+    load: Callable[[str], tuple[envs.Environment, float | None]] = worlds.vectors,
+) -> int:
     """Trains, evaluates, and says what came of it; 0, or 1 where the environment is not solved."""
     for field in ("seeds", "steps", "parts", "episodes"):
         if getattr(config, field) < 1:
             raise ValueError(f"{field}: expected at least 1, got {getattr(config, field)}")
-    env, solved = worlds.vectors(config.env)
+    env, solved = load(config.env)
     probe = make_agent(env, 1, config)  # for its steps; an annealed rate needs to know the updates
     updates, parts = sizes(config, probe.steps)
     agent = make_agent(env, updates * parts, config)
@@ -299,8 +304,9 @@ def main(
     *,
     description: str | None,
     arguments: Sequence[str] | None = None,
+    load: Callable[[str], tuple[envs.Environment, float | None]] = worlds.vectors,
 ) -> int:
-    """Runs an agent from the command line."""
+    """Runs an agent from the command line, on an environment as `load` makes it of its name."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     where = runs.peek(given, "--out")
     try:
@@ -313,7 +319,7 @@ def main(
             program=name,
             description=description,
         )
-        return run(name, config, make_agent)
+        return run(name, config, make_agent, load)
     except pg.train.Interrupted as stop:
         again = "" if where is None else f" --out {where}"
         print(f"\n{stop}. Continue with:\n  python -m experiments.{name} --resume{again}")

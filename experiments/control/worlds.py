@@ -70,3 +70,17 @@ def vectors(name: str) -> tuple[envs.Environment, float | None]:
     if isinstance(action, envs.Box) and np.isfinite(action.low).all():
         env = envs.with_scaled_actions(env)
     return env, world.solved
+
+
+def images(name: str) -> tuple[envs.Environment, float | None]:
+    """The environment as agents with a convolution take it, and the return at which it is solved.
+
+    Raises:
+      ValueError: also an environment whose observations are not images.
+    """
+    world = find(name)
+    env = world.make()
+    kind = env.observation
+    if not (isinstance(kind, envs.Box) and len(kind.shape) == 3):
+        raise ValueError(f"env: expected one whose observations are images, {name} has {kind}")
+    return env, world.solved

@@ -254,8 +254,7 @@ def learner(
         return jax.lax.scan(step, state, None, length=steps)[1]
 
     def curves_of(rate: float, seed: int) -> dict[str, np.ndarray]:
-        start_key, draw_key = jax.random.split(jax.random.key(seed))
-        start = pretrained(task, decoder, start_key, updates=pretraining)
+        start, draw_key = _start(task, decoder, seed, pretraining)
         return jax.tree.map(np.asarray, run(jnp.float32(rate), start, draw_key))
 
     def curves(
@@ -267,6 +266,15 @@ def learner(
         return {name: np.stack([x[name] for x in found]).reshape(shape) for name in found[0]}
 
     return curves
+
+
+@functools.lru_cache(maxsize=64)
+def _start(
+    task: Digits, decoder: pg.models.FunctionalDecoder, seed: int, updates: int
+) -> tuple[Any, PRNGKeyArray]:
+    """A seed's pretrained parameters, the same for all rates and methods, and its other key."""
+    start_key, draw_key = jax.random.split(jax.random.key(seed))
+    return pretrained(task, decoder, start_key, updates=updates), draw_key
 
 
 def increasing(steps: int, rate: Any) -> optax.Schedule:

@@ -412,7 +412,7 @@ class _Run:
 
 def final_arrays(directory: pathlib.Path, phase: str) -> dict[str, np.ndarray]:
     """Every array of a phase's last checkpoint, by name."""
-    root = directory / "checkpoints" / phase
+    root = directory.resolve() / "checkpoints" / phase  # Orbax finds nothing at relative paths
     path = root / max((p.name for p in root.iterdir() if p.name.isdigit()), key=int) / "state"
     reader = ocp.PyTreeCheckpointer()
     with manager.quiet():

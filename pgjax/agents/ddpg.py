@@ -6,12 +6,13 @@ default numbers are those of Fujimoto et al. 2018, arXiv 1802.09477.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from pgjax import _checks, values
 from pgjax.agents import off_policy
@@ -20,6 +21,8 @@ from pgjax.agents.networks import Network, critics, deterministic_policy
 from pgjax.agents.off_policy import Learner
 from pgjax.envs.core import Environment
 from pgjax.types import Transition
+
+CriticPenalty = Callable[[Any, Learner, Transition], Float[Array, ""]]
 
 
 def ddpg(
@@ -38,6 +41,7 @@ def ddpg(
     tau: float = 0.005,
     noise: float = 0.1,
     learning_rate: float = 3e-4,
+    critic_penalty: CriticPenalty | None = None,
 ) -> Agent:
     """DDPG: y = r + γ(1 - terminated) Q'(s', μ'(s')); the policy ascends mean Q(s, μ(s)).
 
@@ -56,6 +60,8 @@ def ddpg(
       tau: τ in (0, 1].
       noise: standard deviation of the exploring noise, as a part of the actions' half range.
       learning_rate: of the default optimizer.
+      critic_penalty: `(critic's params, learner before the step, transitions [B, ...]) -> scalar`,
+        differentiable in the first, added to L_Q.
 
     Returns:
       the agent. Metrics: `critic_loss`, `policy_loss`, and of the episodes that ended `return`,
@@ -96,7 +102,10 @@ def ddpg(
 
         def critic_loss(critic: Any) -> Array:
             value = judge.apply(critic, batch.observation, batch.action)[0]
-            return values.value_error(value, target).mean()
+            error = values.value_error(value, target).mean()
+            if critic_penalty is None:
+                return error
+            return error + critic_penalty(critic, learner, batch)
 
         def policy_loss(policy: Any) -> Array:
             action = actor.apply(policy, batch.observation)

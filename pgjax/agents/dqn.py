@@ -17,8 +17,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from pgjax import _checks, values
 from pgjax.agents import off_policy
 from pgjax.agents.agent import Agent, Metrics
-from pgjax.agents.networks import Network, q_network
+from pgjax.agents.networks import Network
 from pgjax.agents.off_policy import Learner
+from pgjax.agents.q_networks import q_network
 from pgjax.envs.core import Environment
 from pgjax.sampling.epsilon_greedy import epsilon_greedy
 from pgjax.types import Transition

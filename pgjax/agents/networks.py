@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from pgjax import _checks
 from pgjax.envs.core import Box, Discrete, Environment
-from pgjax.models import layer_norm_mlp, mlp
+from pgjax.models import mlp
 from pgjax.policies import distributions
 
 
@@ -98,46 +98,6 @@ class Network(NamedTuple):
 
     init: Callable[[PRNGKeyArray], Any]
     apply: Callable[..., Any]
-
-
-def q_network(
-    env: Environment,
-    *,
-    hidden: Sequence[int] = (256, 256),
-    activation: Callable[[Any], Any] = jax.nn.relu,
-) -> Network:
-    """Values of all actions, `(params, observation [..., O]) -> [..., A]`.
-
-    Raises:
-      ValueError: observations that are not vectors, actions that are not discrete.
-    """
-    sizes = (vector_size(env), *hidden, num_actions(env))
-    return Network(
-        init=lambda key: mlp.init(key, sizes),
-        apply=lambda params, observation: mlp.apply(params, observation, activation=activation),
-    )
-
-
-def layer_norm_q_network(
-    env: Environment,
-    *,
-    hidden: Sequence[int] = (256, 256),
-    activation: Callable[[Any], Any] = jax.nn.relu,
-) -> Network:
-    """`q_network` with layer normalisation before each activation, as PQN needs it.
-
-    Raises:
-      ValueError: observations that are not vectors, actions that are not discrete.
-
-    Source: Gallici et al. 2024, arXiv 2407.04811.
-    """
-    sizes = (vector_size(env), *hidden, num_actions(env))
-    return Network(
-        init=lambda key: layer_norm_mlp.init(key, sizes),
-        apply=lambda params, observation: layer_norm_mlp.apply(
-            params, observation, activation=activation
-        ),
-    )
 
 
 def value_network(

@@ -7,6 +7,7 @@ on samples of it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -56,7 +57,8 @@ class State(NamedTuple):
     updates: Array
 
 
-Step = Callable[[Learner, PRNGKeyArray, Transition], tuple[Learner, Metrics]]
+Step = Callable[[Learner, PRNGKeyArray, Any], tuple[Learner, Metrics]]
+Sample = Callable[[replay.Replay, PRNGKeyArray], Any]
 
 
 def agent(
@@ -72,6 +74,7 @@ def agent(
     batch_size: int,
     capacity: int,
     start_steps: int,
+    sample: Sample | None = None,
 ) -> Agent:
     """The loop around networks, exploration and one gradient step.
 
@@ -90,6 +93,8 @@ def agent(
       batch_size: B, with replacement.
       capacity: transitions remembered.
       start_steps: environment steps before the first update, rounded up to a multiple of N.
+      sample: `(buffer, key) -> batch` that a gradient step takes; None: B transitions. Rows of the
+        buffer are in the order of time, the N environments by turns.
 
     Raises:
       ValueError: a count below 1, a capacity that one update or the start overfills.
@@ -132,7 +137,13 @@ def agent(
         )
         buffer = replay.add(state.replay, flat(seen))
         learner, metrics = learn(
-            step, state.learner, buffer, learn_key, number=gradient_steps, batch_size=batch_size
+            step,
+            state.learner,
+            buffer,
+            learn_key,
+            number=gradient_steps,
+            batch_size=batch_size,
+            sample=sample,
         )
         state = State(learner, running, buffer, key, state.updates + 1)
         return state, metrics | on_policy.finished(episodes)
@@ -152,12 +163,14 @@ def learn(
     *,
     number: int,
     batch_size: int,
+    sample: Sample | None = None,
 ) -> tuple[Learner, Metrics]:
     """So many gradient steps, each on a sample of its own; means of their metrics."""
+    take = functools.partial(replay.sample, batch_size=batch_size) if sample is None else sample
 
     def one(learner: Learner, key: PRNGKeyArray) -> tuple[Learner, Metrics]:
         sample_key, step_key = jax.random.split(key)
-        return step(learner, step_key, replay.sample(buffer, sample_key, batch_size=batch_size))
+        return step(learner, step_key, take(buffer, sample_key))
 
     learner, stacked = jax.lax.scan(one, learner, jax.random.split(key, number))
     # Steps that leave a network alone report NaN for its loss.
@@ -199,7 +212,11 @@ def random_actions(env: Environment, key: PRNGKeyArray, number: int) -> Array:
 
 
 def with_noise(
-    key: PRNGKeyArray, action: Float[Array, "*B"], *, scale: float, clip: float = float("inf")
+    key: PRNGKeyArray,
+    action: Float[Array, "*B"],
+    *,
+    scale: float | Array,
+    clip: float = float("inf"),
 ) -> Float[Array, "*B"]:
     """Actions with Gaussian noise of this scale, itself cut off at `clip`, kept in [-1, 1]."""
     noise = jnp.clip(scale * jax.random.normal(key, action.shape), -clip, clip)

@@ -105,6 +105,35 @@ def minibatches(
     return orders.reshape(num_epochs * num_minibatches, size // num_minibatches)
 
 
+def scan_until(
+    step: Callable[[Any, Any], tuple[Any, Metrics]],
+    carry: Any,
+    given: Any,
+    enough: Callable[[Metrics], Array],
+) -> tuple[Any, Metrics]:
+    """`jax.lax.scan` whose steps leave the carry alone after the first with `enough(metrics)`.
+
+    Returns:
+      the carry; means of the metrics over the steps taken, and `taken`, their share of all.
+    """
+    first = jax.tree.map(lambda x: x[0], given)
+    shapes = jax.eval_shape(step, carry, first)[1]
+
+    def skip(carry: Any, now: Any) -> tuple[Any, Metrics]:
+        del now
+        return carry, jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shapes)
+
+    def one(state: Any, now: Any) -> tuple[Any, Any]:
+        carry, going = state
+        carry, metrics = jax.lax.cond(going, step, skip, carry, now)
+        return (carry, going & ~enough(metrics)), (metrics, going)
+
+    (carry, _), (stacked, taken) = jax.lax.scan(one, (carry, jnp.bool_(True)), given)
+    number = taken.sum()
+    metrics = {name: jnp.where(taken, x, 0.0).sum() / number for name, x in stacked.items()}
+    return carry, metrics | {"taken": taken.mean()}
+
+
 def annealed(rate: float, over: int | None, steps: int) -> optax.ScalarOrSchedule:
     """Falls to 0 over so many updates of `steps` optimizer steps, and within none of them."""
     if over is None:

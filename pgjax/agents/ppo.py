@@ -6,6 +6,7 @@ numbers are PureJaxRL's for CartPole.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +33,9 @@ class Batch(NamedTuple):
     target: Array
 
 
+Auxiliary = Callable[[Any, Batch, PRNGKeyArray], tuple[Array, Metrics]]
+
+
 def ppo(
     env: Environment,
     network: ActorCritic | None = None,
@@ -52,6 +56,8 @@ def ppo(
     learning_rate: float = 2.5e-4,
     anneal_over: int | None = None,
     max_gradient_norm: float = 0.5,
+    max_kl: float | None = None,
+    auxiliary: Auxiliary | None = None,
 ) -> Agent:
     """PPO: clipped surrogate, value error and entropy on minibatches of a fresh batch.
 
@@ -80,11 +86,16 @@ def ppo(
       anneal_over: updates over which it falls to 0, linearly and from update to update; None: it
         does not.
       max_gradient_norm: of the default optimizer.
+      max_kl: > 0; after the first minibatch whose `kl` is above it, no more steps are taken on this
+        batch. None: all are.
+      auxiliary: `(params, minibatch, key) -> (loss, metrics)`, added to L: a penalty on the
+        distribution's parameters, say, or the error of another network in `params`. None: nothing.
 
     Returns:
       the agent. Metrics: `loss`, `policy_loss`, `value_loss`, `entropy`, `kl` (mean of
       r - 1 - log r), `clipped` (share of ratios outside), `explained_variance`, and of the
-      episodes that ended `return`, `length` (means, NaN where none did) and `episodes`.
+      episodes that ended `return`, `length` (means, NaN where none did) and `episodes`; where there
+      is a `max_kl`, `taken` (share of the steps); those of `auxiliary`.
 
     Raises:
       ValueError: a number out of range, a count that does not divide, observations that are not
@@ -99,6 +110,8 @@ def ppo(
         _checks.in_range(name, count, 1)
     _checks.in_range("discount", discount, 0.0, 1.0)
     _checks.in_range("clip", clip, 0.0, low_open=True)
+    if max_kl is not None:
+        _checks.in_range("max_kl", max_kl, 0.0, low_open=True)
     size = num_envs * num_steps
     if size % num_minibatches:
         raise ValueError(
@@ -116,7 +129,7 @@ def ppo(
     def init(key: PRNGKeyArray) -> on_policy.State:
         return on_policy.initial(env, net, adam.init, key, num_envs=num_envs)
 
-    def loss_of(params: Any, part: Batch) -> tuple[Array, Metrics]:
+    def loss_of(params: Any, part: Batch, key: PRNGKeyArray) -> tuple[Array, Metrics]:
         parameters = net.actor(params, part.observation)
         log_prob = net.distribution.log_prob(parameters, part.action)
         advantage = (
@@ -133,7 +146,11 @@ def ppo(
             )
         entropy = on_policy.entropy_of(net, parameters, log_prob)
         loss = policy_loss + value_coefficient * error.mean() - entropy_coefficient * entropy
-        return loss, {
+        more: Metrics = {}
+        if auxiliary is not None:
+            extra, more = auxiliary(params, part, key)
+            loss = loss + extra
+        return loss, more | {
             "loss": loss,
             "policy_loss": policy_loss,
             "value_loss": error.mean(),
@@ -160,18 +177,26 @@ def ppo(
         batch = Batch(seen.observation, seen.action, seen.log_prob, seen.value, advantage, target)
         batch = jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), batch)
 
-        def minibatch(carry: Any, rows: Array) -> tuple[Any, Metrics]:
+        def minibatch(carry: Any, given: Any) -> tuple[Any, Metrics]:
             params, opt_state = carry
+            rows, key = given
             part = jax.tree.map(lambda x: x[rows], batch)
-            grads, metrics = jax.grad(loss_of, has_aux=True)(params, part)
+            grads, metrics = jax.grad(loss_of, has_aux=True)(params, part, key)
             updates, opt_state = adam.update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), metrics
 
         parts = on_policy.minibatches(
             epoch_key, size, num_epochs=num_epochs, num_minibatches=num_minibatches
         )
-        carry, stacked = jax.lax.scan(minibatch, (state.params, state.opt_state), parts)
-        metrics = {name: x.mean() for name, x in stacked.items()}
+        keys = jax.random.split(jax.random.fold_in(epoch_key, 0), len(parts))
+        begun = (state.params, state.opt_state)
+        if max_kl is None:
+            carry, stacked = jax.lax.scan(minibatch, begun, (parts, keys))
+            metrics = {name: x.mean() for name, x in stacked.items()}
+        else:
+            carry, metrics = on_policy.scan_until(
+                minibatch, begun, (parts, keys), lambda found: found["kl"] > max_kl
+            )
         metrics["explained_variance"] = on_policy.explained_variance(batch.value, batch.target)
         state = on_policy.State(*carry, running, key, state.updates + 1)
         return state, metrics | on_policy.finished(episodes)

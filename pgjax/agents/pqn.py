@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from pgjax import _checks, values
 from pgjax.agents import off_policy, on_policy
 from pgjax.agents.agent import Agent, Metrics
-from pgjax.agents.networks import Network, layer_norm_q_network, num_actions
+from pgjax.agents.networks import Network, num_actions
+from pgjax.agents.q_networks import layer_norm_q_network
 from pgjax.envs.core import Environment
 from pgjax.sampling.environments import Decision, unroll_environments
 from pgjax.sampling.epsilon_greedy import epsilon_greedy

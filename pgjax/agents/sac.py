@@ -5,7 +5,8 @@ Source: Haarnoja et al. 2018, arXiv 1801.01290 and 1812.05905 (temperature, no v
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +23,42 @@ from pgjax.policies.distributions import sample_tanh_gaussian
 from pgjax.types import Transition
 
 
+class Actor(NamedTuple):
+    """How SAC acts by its policy's parameters, and what these descend.
+
+    Attributes:
+      sample: `(key, parameters) -> (action [B, D], log_prob [B])`, to explore and in targets.
+      loss: `(key, parameters, value, temperature) -> (loss [B], log_prob [B])`, where `value` takes
+        actions `[B, D]` to the lower of their two values, and the temperature follows `log_prob`.
+      mode: `parameters -> action`, without exploration.
+    """
+
+    sample: Callable[[PRNGKeyArray, Any], tuple[Array, Array]]
+    loss: Callable[[PRNGKeyArray, Any, Callable[[Array], Array], Array], tuple[Array, Array]]
+    mode: Callable[[Any], Array]
+
+
+def reparametrized() -> Actor:
+    """The actor of SAC itself: α log π(a|s) - Q(s, a) of one action of a tanh-Gaussian."""
+
+    def loss(
+        key: PRNGKeyArray, parameters: Any, value: Callable[[Array], Array], temperature: Array
+    ) -> tuple[Array, Array]:
+        action, log_prob = sample_tanh_gaussian(key, parameters)
+        return temperature * log_prob - value(action), log_prob
+
+    return Actor(sample_tanh_gaussian, loss, lambda parameters: jnp.tanh(parameters[0]))
+
+
 def sac(
     env: Environment,
     policy: Network | None = None,
     critic: Network | None = None,
     *,
-    optimizer: optax.GradientTransformation | None = None,
+    actor: Actor | None = None,
+    optimizer: optax.GradientTransformation
+    | Mapping[str, optax.GradientTransformation]
+    | None = None,
     num_envs: int = 1,
     num_steps: int = 1,
     gradient_steps: int = 1,
@@ -49,10 +80,12 @@ def sac(
     Args:
       env: the world, with actions in [-1, 1] (`envs.with_scaled_actions`); observations must be
         vectors where a network is None.
-      policy: `(params, observation) -> (mean, log_std)` before the tangent; None:
-        `squashed_gaussian_policy(env)`.
+      policy: `(params, observation) -> parameters` of the actor; None:
+        `squashed_gaussian_policy(env)`, mean and log standard deviation before the tangent.
       critic: `(params, observation, action) -> [2, ...]`; None: `critics(env)`.
-      optimizer: of each network and of log α; None: Adam.
+      actor: what the policy's parameters mean and descend; None: `reparametrized()`, as above.
+      optimizer: of each network and of log α, or one for each of `actor`, `critic` and
+        `log_temperature` (`optax.set_to_zero()` leaves that as it is); None: Adam.
       num_envs, num_steps, gradient_steps, batch_size, capacity, start_steps: as
         `off_policy.agent`.
       discount: γ in [0, 1].
@@ -66,36 +99,47 @@ def sac(
       and of the episodes that ended `return`, `length` (means, NaN where none did), `episodes`.
 
     Raises:
-      ValueError: a number out of range, actions outside [-1, 1], observations that are not vectors.
+      ValueError: a number out of range, actions outside [-1, 1], observations that are not vectors,
+        optimizers of other names.
     """
     _checks.in_range("discount", discount, 0.0, 1.0)
     _checks.in_range("tau", tau, 0.0, 1.0, low_open=True)
     _checks.in_range("initial_temperature", initial_temperature, 0.0, low_open=True)
     wanted = -float(unit_actions(env)) if target_entropy is None else target_entropy
-    actor = squashed_gaussian_policy(env) if policy is None else policy
+    net = squashed_gaussian_policy(env) if policy is None else policy
+    acting = reparametrized() if actor is None else actor
     judge = critics(env) if critic is None else critic
-    descent = optax.adam(learning_rate) if optimizer is None else optimizer
+    names = ("actor", "critic", "log_temperature")
+    descent: Mapping[str, Any]
+    if isinstance(optimizer, Mapping):
+        if set(optimizer) != set(names):
+            raise ValueError(f"optimizer: expected one for each of {names}, got {set(optimizer)}")
+        descent = optimizer
+    else:
+        descent = dict.fromkeys(
+            names, optax.adam(learning_rate) if optimizer is None else optimizer
+        )
 
     def new(key: PRNGKeyArray) -> Learner:
         actor_key, critic_key = jax.random.split(key)
         params = {
-            "actor": actor.init(actor_key),
+            "actor": net.init(actor_key),
             "critic": judge.init(critic_key),
             "log_temperature": jnp.log(jnp.float32(initial_temperature)),
         }
-        opt_state = {name: descent.init(x) for name, x in params.items()}
+        opt_state = {name: descent[name].init(x) for name, x in params.items()}
         return Learner(params, {"critic": params["critic"]}, opt_state, jnp.int32(0))
 
     def explore(learner: Learner, updates: Array, key: PRNGKeyArray, observation: Any) -> Array:
         del updates
-        return sample_tanh_gaussian(key, actor.apply(learner.params["actor"], observation))[0]
+        return acting.sample(key, net.apply(learner.params["actor"], observation))[0]
 
     def step(learner: Learner, key: PRNGKeyArray, batch: Transition) -> tuple[Learner, Metrics]:
         next_key, own_key = jax.random.split(key)
         params, states = dict(learner.params), dict(learner.opt_state)
         temperature = jnp.exp(params["log_temperature"])
-        later, later_log_prob = sample_tanh_gaussian(
-            next_key, actor.apply(params["actor"], batch.next_observation)
+        later, later_log_prob = acting.sample(
+            next_key, net.apply(params["actor"], batch.next_observation)
         )
         following = judge.apply(learner.targets["critic"], batch.next_observation, later).min(0)
         target = values.one_step_targets(
@@ -110,13 +154,16 @@ def sac(
             return values.value_error(found, both).mean(-1).sum()
 
         def policy_loss(policy: Any) -> tuple[Array, Array]:
-            action, log_prob = sample_tanh_gaussian(own_key, actor.apply(policy, batch.observation))
-            value = judge.apply(params["critic"], batch.observation, action).min(0)
-            return (temperature * log_prob - value).mean(), log_prob
+            def value(action: Array) -> Array:
+                return judge.apply(params["critic"], batch.observation, action).min(0)
+
+            parameters = net.apply(policy, batch.observation)
+            loss, log_prob = acting.loss(own_key, parameters, value, temperature)
+            return loss.mean(), log_prob
 
         def descend(name: str, grads: Any) -> None:
             params[name], states[name] = off_policy.descend(
-                descent, grads, states[name], params[name]
+                descent[name], grads, states[name], params[name]
             )
 
         loss, grads = jax.value_and_grad(critic_loss)(params["critic"])
@@ -139,8 +186,8 @@ def sac(
         new=new,
         explore=explore,
         step=step,
-        greedy=lambda learner, observation: jnp.tanh(
-            actor.apply(learner.params["actor"], observation)[0]
+        greedy=lambda learner, observation: acting.mode(
+            net.apply(learner.params["actor"], observation)
         ),
         num_envs=num_envs,
         num_steps=num_steps,

@@ -11,6 +11,14 @@ from pgjax.curriculum.batch_size import (
     orthogonality_test,
 )
 from pgjax.curriculum.mixing import accuracy_mix, cosine_restarts
+from pgjax.curriculum.sub_instruction import (
+    Walk,
+    random_walk_goal,
+    subgoal_mask,
+    subgoal_size,
+    warm_start_chance,
+    warm_start_mask,
+)
 from pgjax.curriculum.useful import (
     kmeans2,
     separating_epoch,
@@ -19,6 +27,7 @@ from pgjax.curriculum.useful import (
 )
 
 __all__ = [
+    "Walk",
     "accumulate_moments",
     "accuracy_mix",
     "coordinate_test",
@@ -28,7 +37,12 @@ __all__ = [
     "next_batch_size",
     "norm_test",
     "orthogonality_test",
+    "random_walk_goal",
     "separating_epoch",
     "slow_cluster_mask",
+    "subgoal_mask",
+    "subgoal_size",
     "upsample_indices",
+    "warm_start_chance",
+    "warm_start_mask",
 ]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pgjax.models import (
+    dag,
     inventory,
     layer_norm_mlp,
     lora,
     low_bit,
     mlp,
+    pixels,
     quantization,
+    qweb,
     single_layer,
     supply_graph,
+    taco,
 )
 from pgjax.models.cache import (
     CompletionCache,
@@ -47,6 +51,7 @@ __all__ = [
     "Routing",
     "SlotCache",
     "abstract_params",
+    "dag",
     "empty_completion_cache",
     "empty_slot_cache",
     "from_pretrained",
@@ -60,7 +65,9 @@ __all__ = [
     "lora",
     "low_bit",
     "mlp",
+    "pixels",
     "quantization",
+    "qweb",
     "router_z_loss",
     "save_head",
     "save_pretrained",
@@ -69,6 +76,7 @@ __all__ = [
     "score_head_logical_axes",
     "single_layer",
     "supply_graph",
+    "taco",
     "value_head_apply",
     "value_head_init",
     "value_head_logical_axes",

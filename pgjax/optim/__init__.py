@@ -6,6 +6,7 @@ shape factor and a `momentum`; `by_role` and `route` say which leaves get it.
 
 from pgjax.optim import coefficients, natural, oracles
 from pgjax.optim.adagrad import AdagradNormState, adagrad_norm, scale_by_adagrad_norm
+from pgjax.optim.average import average_over
 from pgjax.optim.combine import MatrixState, matrix_transform
 from pgjax.optim.dion import Dion2State, DionState, scale_by_dion, scale_by_dion2
 from pgjax.optim.layout import Layout, layout_of
@@ -169,6 +170,7 @@ __all__ = [
     "add_displacement",
     "asam_gradient",
     "asam_point",
+    "average_over",
     "by_role",
     "cagrad",
     "center_rows",

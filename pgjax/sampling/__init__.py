@@ -20,6 +20,7 @@ from pgjax.sampling.filters import (
 )
 from pgjax.sampling.multiturn import flatten_turns
 from pgjax.sampling.prompts import pad_prompts
+from pgjax.sampling.props import Refit, props_loss, props_refit, ros_refit
 from pgjax.sampling.samples import Samples
 from pgjax.sampling.shuffle import random_order
 from pgjax.sampling.text import generate
@@ -28,6 +29,7 @@ from pgjax.sampling.vines import Steps, Vines, vine_rollout
 __all__ = [
     "Decision",
     "Episodes",
+    "Refit",
     "Running",
     "Samples",
     "Steps",
@@ -40,8 +42,11 @@ __all__ = [
     "generate_continuous",
     "min_p_threshold",
     "pad_prompts",
+    "props_loss",
+    "props_refit",
     "random_order",
     "replay",
+    "ros_refit",
     "speculative",
     "start_environments",
     "top_k_threshold",

@@ -66,6 +66,7 @@ def start_environments(env: Environment, key: PRNGKeyArray, num_envs: int) -> Ru
     """
     _checks.in_range("num_envs", num_envs, 1)
     state, observation = jax.vmap(env.reset)(jax.random.split(key, num_envs))
+    observation = jax.tree.map(jnp.copy, observation)  # may be the state: no buffer is given twice
     return Running(state, observation, jnp.zeros(num_envs), jnp.zeros(num_envs, jnp.int32))
 
 

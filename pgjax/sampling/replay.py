@@ -12,12 +12,13 @@ donate the buffer (`jax.jit(replay.add, donate_argnums=0)`), or each call copies
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from pgjax import _checks
 
@@ -104,6 +105,58 @@ def sample(buffer: Replay, key: PRNGKeyArray, *, batch_size: int) -> Any:
     _checks.in_range("batch_size", batch_size, 1)
     rows = jax.random.randint(key, (batch_size,), 0, jnp.maximum(buffer.filled, 1))
     return jax.tree.map(lambda x: x[rows], buffer.items)
+
+
+def sample_sequences(
+    buffer: Replay,
+    key: PRNGKeyArray,
+    *,
+    batch_size: int,
+    length: int,
+    ended: Callable[[Any], Bool[Array, " C"]],
+    stride: int = 1,
+) -> tuple[Any, Bool[Array, " B"]]:
+    """Rows that followed each other, uniformly over all places where so many of one episode do.
+
+    Args:
+      buffer: a ring whose rows were added in the order of time; of N environments by turns, with a
+        capacity that N divides.
+      key: of the choice.
+      batch_size: B ≥ 1.
+      length: K ≥ 1 rows of each sequence.
+      ended: `items -> bool [capacity]`: the episode was over after this row. It may be for the
+        last row of a sequence, not for one before.
+      stride: N, rows from one step of an environment to its next.
+
+    Returns:
+      the items, leaves `[B, K, ...]`; whether these are sequences, bool `[B]`: all false where the
+      ring holds none, and then the rows mean nothing.
+
+    Raises:
+      ValueError: a number below 1, a capacity that N does not divide or that K steps do not fit.
+    """
+    for name, count in {"batch_size": batch_size, "length": length, "stride": stride}.items():
+        _checks.in_range(name, count, 1)
+    capacity = _rows("buffer", buffer.items)
+    if capacity % stride or capacity < length * stride:
+        raise ValueError(
+            f"stride: expected a divisor of the capacity, {capacity}, that {length} times is no "
+            f"more than it, got {stride}"
+        )
+    rows = jnp.arange(capacity)
+    age = (rows - buffer.position) % capacity  # 0: the oldest, once full
+    age = jnp.where(buffer.filled < capacity, rows, age)
+    last = (length - 1) * stride
+    valid = age + last < buffer.filled
+    over = ended(buffer.items)
+    for k in range(length - 1):
+        valid &= ~jnp.roll(over, -k * stride)
+    number = jnp.cumsum(valid)
+    drawn = jax.random.randint(key, (batch_size,), 0, jnp.maximum(number[-1], 1))
+    first = jnp.searchsorted(number, drawn + 1)
+    chosen = (first[:, None] + stride * jnp.arange(length)) % capacity
+    found = jax.tree.map(lambda x: x[chosen], buffer.items)
+    return found, jnp.broadcast_to(number[-1] > 0, (batch_size,))
 
 
 def _rows(name: str, items: Any) -> int:

@@ -26,15 +26,18 @@ from pgjax.surrogates.mismatch import (
     truncated_sequence_weights,
     truncated_weights,
 )
+from pgjax.surrogates.mixture import best_expert_loss, frequency_loss
 from pgjax.surrogates.offline import shaped, shaped_weight, unit_denominator
 from pgjax.surrogates.values import clipped_value_error, value_error
 
 __all__ = [
+    "best_expert_loss",
     "cispo",
     "class_balanced",
     "clipped",
     "clipped_value_error",
     "dual_clipped",
+    "frequency_loss",
     "hard_negative_weights",
     "importance_ratio",
     "importance_weighted",
