@@ -72,9 +72,9 @@ class Config:
     """Gradient steps of an imitator, 256 moves each."""
     episodes: int = 512
     """To judge a policy by, without exploration."""
-    seeds: int = 5
+    seeds: int = 10
     """Independent runs of everything."""
-    first_seed: int = 0
+    first_seed: int = 100
     """The others follow it."""
     out: pathlib.Path = pathlib.Path("runs/residual_peg")
     """Directory for results."""

@@ -38,7 +38,7 @@ WHOLE_PROGRAMS = (
     "test_plan",
     "test_program",
 )
-BRIEF = 6
+BRIEF = 3
 
 
 def pytest_addoption(parser):

@@ -67,6 +67,8 @@ def test_a_spot_among_others():
         shown,
         envs.pixels.picture(envs.pixels.Scene(scene.others[0], scene.point[None]), side=9)[..., 0],
     )
+    dim = envs.pixels.picture(scene, side=9, brightness=0.4)[..., 0]
+    assert dim[0, 8] == 255 and dim[4, 4] == 102
     with pytest.raises(ValueError, match="speed"):
         envs.pixels.rendered_point(speed=0.0)
 

@@ -18,6 +18,8 @@ from pgjax.sampling import random_order
 from pgjax.sampling.environments import Decision, Episodes, Running, start_environments
 from pgjax.types import Transition
 
+_ROWS = 4096  # of observations that are judged at once
+
 
 class State(NamedTuple):
     """Of an on-policy agent."""
@@ -65,7 +67,12 @@ def estimate(
     assert seen.value is not None
     truncated = seen.truncated
     if bootstrap_truncated:
-        following = net.critic(params, seen.next_observation)
+        # Some thousand rows at a time: hidden layers of a whole batch would be its largest arrays.
+        following = jax.lax.map(
+            lambda observation: net.critic(params, observation),
+            seen.next_observation,
+            batch_size=max(1, _ROWS // seen.reward.shape[1]),
+        )
         ended = seen.terminated
     else:  # the next step's value is that of another episode, and hidden by a discount of 0
         last = net.critic(params, last_observation)
