@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from pgjax import _checks, surrogates
+from pgjax import _checks, advantages, aggregate, surrogates
 from pgjax.agents import on_policy
 from pgjax.agents.agent import Agent, Metrics
 from pgjax.agents.networks import ActorCritic, actor_critic
@@ -34,6 +34,66 @@ class Batch(NamedTuple):
 
 
 Auxiliary = Callable[[Any, Batch, PRNGKeyArray], tuple[Array, Metrics]]
+
+
+def clipped_loss(
+    net: ActorCritic,
+    params: Any,
+    part: Batch,
+    *,
+    clip: float,
+    value_clip: float | None,
+    value_coefficient: float,
+    entropy_coefficient: float,
+    normalize_advantages: bool,
+    where: Bool[Array, " B"] | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """L of `ppo` on a minibatch, and its metrics.
+
+    Args:
+      net: policy and value function.
+      params: of both, differentiable.
+      part: the minibatch, leaves `[B, ...]`.
+      clip, value_clip, value_coefficient, entropy_coefficient, normalize_advantages: of `ppo`.
+      where: rows that count, in means and in the normalisation; None: all. Of no rows all is 0.
+
+    Returns:
+      f32 scalars: the loss, and `loss`, `policy_loss`, `value_loss`, `entropy`, `kl`, `clipped`.
+
+    Raises:
+      ValueError: as `surrogates.clipped` and `aggregate.masked_mean`.
+    """
+
+    def mean(x: Array) -> Array:
+        return x.mean() if where is None else aggregate.masked_mean(x.reshape(-1), where)
+
+    parameters = net.actor(params, part.observation)
+    log_prob = net.distribution.log_prob(parameters, part.action)
+    advantage = part.advantage
+    if normalize_advantages:
+        advantage = advantages.batch_normalize(advantage, ddof=0, epsilon=1e-8, where=where)
+    ratio = surrogates.importance_ratio(log_prob[None], part.log_prob[None])
+    policy_loss = mean(surrogates.clipped(ratio, advantage[None], low=clip, high=clip))
+    value = net.critic(params, part.observation)[None]
+    if value_clip is None:
+        error = mean(surrogates.value_error(value, part.target[None]))
+    else:
+        error = mean(
+            surrogates.clipped_value_error(
+                value, part.target[None], part.value[None], width=value_clip
+            )
+        )
+    known = net.distribution.entropy
+    entropy = mean(-log_prob if known is None else known(parameters))
+    loss = policy_loss + value_coefficient * error - entropy_coefficient * entropy
+    return loss, {
+        "loss": loss,
+        "policy_loss": policy_loss,
+        "value_loss": error,
+        "entropy": entropy,
+        "kl": mean(ratio - 1.0 - (log_prob - part.log_prob)),
+        "clipped": mean((jnp.abs(ratio - 1.0) > clip).astype(jnp.float32)),
+    }
 
 
 def ppo(
@@ -130,34 +190,20 @@ def ppo(
         return on_policy.initial(env, net, adam.init, key, num_envs=num_envs)
 
     def loss_of(params: Any, part: Batch, key: PRNGKeyArray) -> tuple[Array, Metrics]:
-        parameters = net.actor(params, part.observation)
-        log_prob = net.distribution.log_prob(parameters, part.action)
-        advantage = (
-            on_policy.standardize(part.advantage) if normalize_advantages else part.advantage
+        loss, metrics = clipped_loss(
+            net,
+            params,
+            part,
+            clip=clip,
+            value_clip=value_clip,
+            value_coefficient=value_coefficient,
+            entropy_coefficient=entropy_coefficient,
+            normalize_advantages=normalize_advantages,
         )
-        ratio = surrogates.importance_ratio(log_prob[None], part.log_prob[None])
-        policy_loss = surrogates.clipped(ratio, advantage[None], low=clip, high=clip).mean()
-        value = net.critic(params, part.observation)[None]
-        if value_clip is None:
-            error = surrogates.value_error(value, part.target[None])
-        else:
-            error = surrogates.clipped_value_error(
-                value, part.target[None], part.value[None], width=value_clip
-            )
-        entropy = on_policy.entropy_of(net, parameters, log_prob)
-        loss = policy_loss + value_coefficient * error.mean() - entropy_coefficient * entropy
-        more: Metrics = {}
-        if auxiliary is not None:
-            extra, more = auxiliary(params, part, key)
-            loss = loss + extra
-        return loss, more | {
-            "loss": loss,
-            "policy_loss": policy_loss,
-            "value_loss": error.mean(),
-            "entropy": entropy,
-            "kl": (ratio - 1.0 - (log_prob - part.log_prob)).mean(),
-            "clipped": (jnp.abs(ratio - 1.0) > clip).mean(),
-        }
+        if auxiliary is None:
+            return loss, metrics
+        extra, more = auxiliary(params, part, key)
+        return loss + extra, more | metrics | {"loss": loss + extra}
 
     def update(state: on_policy.State) -> tuple[on_policy.State, Metrics]:
         key, act_key, epoch_key = jax.random.split(state.key, 3)

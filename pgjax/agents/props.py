@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, PRNGKeyArray
 
-from pgjax import _checks, advantages, aggregate, surrogates
+from pgjax import _checks
 from pgjax.agents import on_policy
 from pgjax.agents.agent import Agent, Metrics
 from pgjax.agents.networks import ActorCritic, actor_critic
-from pgjax.agents.ppo import Batch
+from pgjax.agents.ppo import Batch, clipped_loss
 from pgjax.envs.core import Environment
 from pgjax.sampling.environments import Running, unroll_environments
 from pgjax.sampling.props import props_refit
@@ -229,36 +229,17 @@ def props(
         return jax.tree.map(flat, _Memory(batch, kept))
 
     def loss_of(params: Any, given: _Memory) -> tuple[Array, Metrics]:
-        part, kept = given
-
-        def mean(x: Array) -> Array:
-            return aggregate.masked_mean(x, kept)
-
-        parameters = net.actor(params, part.observation)
-        log_prob = net.distribution.log_prob(parameters, part.action)
-        advantage = part.advantage
-        if normalize_advantages:
-            advantage = advantages.batch_normalize(advantage, ddof=0, epsilon=1e-8, where=kept)
-        ratio = surrogates.importance_ratio(log_prob, part.log_prob)
-        policy_loss = mean(surrogates.clipped(ratio, advantage, low=clip, high=clip))
-        value = net.critic(params, part.observation)
-        if value_clip is None:
-            error = mean(surrogates.value_error(value, part.target))
-        else:
-            error = mean(
-                surrogates.clipped_value_error(value, part.target, part.value, width=value_clip)
-            )
-        known = net.distribution.entropy
-        entropy = mean(-log_prob if known is None else known(parameters))
-        loss = policy_loss + value_coefficient * error - entropy_coefficient * entropy
-        return loss, {
-            "loss": loss,
-            "policy_loss": policy_loss,
-            "value_loss": error,
-            "entropy": entropy,
-            "kl": mean(ratio - 1.0 - (log_prob - part.log_prob)),
-            "clipped": mean((jnp.abs(ratio - 1.0) > clip).astype(jnp.float32)),
-        }
+        return clipped_loss(
+            net,
+            params,
+            given.batch,
+            clip=clip,
+            value_clip=value_clip,
+            value_coefficient=value_coefficient,
+            entropy_coefficient=entropy_coefficient,
+            normalize_advantages=normalize_advantages,
+            where=given.kept,
+        )
 
     def update(state: State) -> tuple[State, Metrics]:
         key, act_key, epoch_key = jax.random.split(state.key, 3)
