@@ -16,7 +16,7 @@ from pgjax.agents.ddpg import ddpg
 from pgjax.agents.devices import init_on_devices
 from pgjax.agents.dqn import dqn
 from pgjax.agents.finite_horizon import ActorQ, actor_q, fit_critics, play
-from pgjax.agents.ggd_sac import ggd_critics, ggd_sac
+from pgjax.agents.ggd_sac import ggd_critics, ggd_judge, ggd_sac
 from pgjax.agents.hybrid_npg import hybrid_npg, policy_steps
 from pgjax.agents.iql import iql
 from pgjax.agents.mixture import (
@@ -78,6 +78,7 @@ __all__ = [
     "fit_critics",
     "fixed_graph_network",
     "ggd_critics",
+    "ggd_judge",
     "ggd_sac",
     "gumbel_routed",
     "hybrid_npg",

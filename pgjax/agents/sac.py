@@ -29,7 +29,7 @@ class Actor(NamedTuple):
     Attributes:
       sample: `(key, parameters) -> (action [B, D], log_prob [B])`, to explore and in targets.
       loss: `(key, parameters, value, temperature) -> (loss [B], log_prob [B])`, where `value` takes
-        actions `[B, D]` to the lower of their two values, and the temperature follows `log_prob`.
+        actions `[B, D]` to their values `[B]`, and the temperature follows `log_prob`.
       mode: `parameters -> action`, without exploration.
     """
 
@@ -50,12 +50,40 @@ def reparametrized() -> Actor:
     return Actor(sample_tanh_gaussian, loss, lambda parameters: jnp.tanh(parameters[0]))
 
 
+class Judge(NamedTuple):
+    """How SAC reads its critics' output, f `[2, ...]` of a network of one's own, and fits it.
+
+    Attributes:
+      lower: `output -> [B]`, or `[B, M]` for M members with a target each: values of next actions.
+      value: `output -> [B]`, what the policy climbs.
+      loss: `(output, target) -> (loss, metrics)`, targets as `lower` has values.
+    """
+
+    lower: Callable[[Any], Array]
+    value: Callable[[Any], Array]
+    loss: Callable[[Any, Array], tuple[Array, Metrics]]
+
+
+def lower_of_two() -> Judge:
+    """The critics of SAC itself: the least of their values, and squared errors of each."""
+
+    def least(found: Array) -> Array:
+        return found.min(0)
+
+    def loss(found: Array, target: Array) -> tuple[Array, Metrics]:
+        both = jnp.broadcast_to(target, found.shape)
+        return values.value_error(found, both).mean(-1).sum(), {}
+
+    return Judge(least, least, loss)
+
+
 def sac(
     env: Environment,
     policy: Network | None = None,
     critic: Network | None = None,
     *,
     actor: Actor | None = None,
+    judge: Judge | None = None,
     optimizer: optax.GradientTransformation
     | Mapping[str, optax.GradientTransformation]
     | None = None,
@@ -84,6 +112,7 @@ def sac(
         `squashed_gaussian_policy(env)`, mean and log standard deviation before the tangent.
       critic: `(params, observation, action) -> [2, ...]`; None: `critics(env)`.
       actor: what the policy's parameters mean and descend; None: `reparametrized()`, as above.
+      judge: what the critics' outputs mean and descend; None: `lower_of_two()`, as above.
       optimizer: of each network and of log α, or one for each of `actor`, `critic` and
         `log_temperature` (`optax.set_to_zero()` leaves that as it is); None: Adam.
       num_envs, num_steps, gradient_steps, batch_size, capacity, start_steps: as
@@ -96,7 +125,8 @@ def sac(
 
     Returns:
       the agent. Metrics: `critic_loss`, `policy_loss`, `temperature`, `entropy` (of the samples),
-      and of the episodes that ended `return`, `length` (means, NaN where none did), `episodes`.
+      and of the episodes that ended `return`, `length` (means, NaN where none did), `episodes`;
+      and those of a `judge`.
 
     Raises:
       ValueError: a number out of range, actions outside [-1, 1], observations that are not vectors,
@@ -108,7 +138,8 @@ def sac(
     wanted = -float(unit_actions(env)) if target_entropy is None else target_entropy
     net = squashed_gaussian_policy(env) if policy is None else policy
     acting = reparametrized() if actor is None else actor
-    judge = critics(env) if critic is None else critic
+    judging = lower_of_two() if judge is None else judge
+    twins = critics(env) if critic is None else critic
     names = ("actor", "critic", "log_temperature")
     descent: Mapping[str, Any]
     if isinstance(optimizer, Mapping):
@@ -124,7 +155,7 @@ def sac(
         actor_key, critic_key = jax.random.split(key)
         params = {
             "actor": net.init(actor_key),
-            "critic": judge.init(critic_key),
+            "critic": twins.init(critic_key),
             "log_temperature": jnp.log(jnp.float32(initial_temperature)),
         }
         opt_state = {name: descent[name].init(x) for name, x in params.items()}
@@ -141,21 +172,27 @@ def sac(
         later, later_log_prob = acting.sample(
             next_key, net.apply(params["actor"], batch.next_observation)
         )
-        following = judge.apply(learner.targets["critic"], batch.next_observation, later).min(0)
-        target = values.one_step_targets(
-            batch.reward,
-            following - temperature * later_log_prob,
-            off_policy.discounts(batch, discount),
+        following = judging.lower(
+            twins.apply(learner.targets["critic"], batch.next_observation, later)
         )
 
-        def critic_loss(critic: Any) -> Array:
-            found = judge.apply(critic, batch.observation, batch.action)
-            both = jnp.broadcast_to(target, found.shape)
-            return values.value_error(found, both).mean(-1).sum()
+        def of_members(x: Array) -> Array:
+            return jnp.broadcast_to(
+                x.reshape(x.shape + (1,) * (following.ndim - 1)), following.shape
+            )
+
+        target = values.one_step_targets(
+            of_members(batch.reward),
+            following - of_members(temperature * later_log_prob),
+            of_members(off_policy.discounts(batch, discount)),
+        )
+
+        def critic_loss(critic: Any) -> tuple[Array, Metrics]:
+            return judging.loss(twins.apply(critic, batch.observation, batch.action), target)
 
         def policy_loss(policy: Any) -> tuple[Array, Array]:
             def value(action: Array) -> Array:
-                return judge.apply(params["critic"], batch.observation, action).min(0)
+                return judging.value(twins.apply(params["critic"], batch.observation, action))
 
             parameters = net.apply(policy, batch.observation)
             loss, log_prob = acting.loss(own_key, parameters, value, temperature)
@@ -166,7 +203,7 @@ def sac(
                 descent[name], grads, states[name], params[name]
             )
 
-        loss, grads = jax.value_and_grad(critic_loss)(params["critic"])
+        (loss, more), grads = jax.value_and_grad(critic_loss, has_aux=True)(params["critic"])
         descend("critic", grads)
         (actor_loss, log_prob), grads = jax.value_and_grad(policy_loss, has_aux=True)(
             params["actor"]
@@ -179,6 +216,7 @@ def sac(
             "policy_loss": actor_loss,
             "temperature": temperature,
             "entropy": -log_prob.mean(),
+            **more,
         }
 
     return off_policy.agent(
