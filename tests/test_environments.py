@@ -126,6 +126,31 @@ def test_unrolls_know_their_boundaries(terminates):
     assert seen.log_prob is None and seen.value is None
 
 
+def test_each_episode_counts_once():
+    """Lengths are drawn from 1, 2 and 9; episodes that ended early are not repeated."""
+
+    def reset(key):
+        left = jax.random.choice(key, jnp.array([1, 2, 9]))
+        return left, left
+
+    def step(key, left, action):
+        return envs.Step(left - 1, left - 1, 1.0 * action, left == 1, jnp.bool_(False))
+
+    env = envs.Environment(reset, step, envs.Box(()), envs.Discrete(2))
+    key = jax.random.key(3)
+    keys = jax.random.split(jax.random.split(key)[0], 64)
+    lengths = jax.vmap(lambda key: reset(key)[1])(keys)
+
+    def act(key, observation):
+        return jnp.ones(64, jnp.int32)
+
+    found = sampling.episode_returns(env, act, key, num_episodes=64)
+    np.testing.assert_array_equal(found, lengths)
+    assert len(np.unique(found)) == 3
+    cut = sampling.episode_returns(env, act, key, num_episodes=64, max_steps=5)
+    np.testing.assert_array_equal(cut, np.where(lengths == 9, np.nan, lengths))
+
+
 def test_wrappers():
     env = envs.with_scaled_actions(control.pendulum())
     plain = control.pendulum()

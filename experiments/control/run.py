@@ -189,28 +189,14 @@ def evaluate(
     """Mean return of the first episodes of as many environments, without exploration."""
 
     def of(state: Any, key: Array) -> Array:
-        start, act_key, key = jax.random.split(key, 3)
-        running = sampling.start_environments(env, start, config.episodes)
-
-        def open_(carry: Any) -> Array:
-            _, returns, _, steps = carry
-            return jnp.any(jnp.isnan(returns)) & (steps < 100_000)
-
-        def one(carry: Any) -> Any:
-            running, returns, key, steps = carry
-            key, act_key, env_key = jax.random.split(key, 3)
-
-            def act(own: Array, observation: Any) -> sampling.Decision:
-                return sampling.Decision(agent.act(state, act_key, observation))
-
-            running, _, episodes = sampling.unroll_environments(
-                env, act, running, env_key, num_steps=1
+        return jnp.nanmean(
+            sampling.episode_returns(
+                env,
+                lambda key, observation: agent.act(state, key, observation),
+                key,
+                num_episodes=config.episodes,
             )
-            first = episodes.ended[0] & jnp.isnan(returns)
-            return running, jnp.where(first, episodes.returns[0], returns), key, steps + 1
-
-        begun = (running, jnp.full(config.episodes, jnp.nan), act_key, jnp.int32(0))
-        return jnp.nanmean(jax.lax.while_loop(open_, one, begun)[1])
+        )
 
     keys = jax.random.split(jax.random.key(config.first_seed + 10_000), config.seeds)
     return np.asarray(jax.jit(jax.vmap(of))(agents, keys))

@@ -11,6 +11,7 @@ from pgjax.sampling.environments import (
     start_environments,
     unroll_environments,
 )
+from pgjax.sampling.episodes import episode_returns
 from pgjax.sampling.epsilon_greedy import epsilon_greedy
 from pgjax.sampling.filters import (
     filter_logits,
@@ -35,6 +36,7 @@ __all__ = [
     "Steps",
     "Vines",
     "engines",
+    "episode_returns",
     "epsilon_greedy",
     "filter_logits",
     "flatten_turns",
