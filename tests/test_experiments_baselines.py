@@ -66,17 +66,19 @@ def test_tools_help_half_of_the_prompts():
 
 def test_digit_sums():
     config = tricks_grid.Config()
-    problem = tricks_grid.digit_sums(config.prompts, config.longest)
+    problem = tricks_grid.digit_sums(config, "hard")
     rows = jnp.array([[0, 3, 1, 0, 0, 0, 0], [0, 3, 2, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1, 1]])
-    rollout = problems.rollout_of(problem, rows, tricks_grid.start(config, (0.0, 0.0)))
+    rollout = problems.rollout_of(problem, rows, tricks_grid.start(config, "hard"))
     assert rollout.rewards.tolist() == [1, 0, 0]
     assert rollout.mask.sum(-1).tolist() == [3, 3, 6]
     assert rollout.extras["truncated"].tolist() == [False, False, True]
     for mix, low, high in (
         *(("hard", 0.03, 0.1), ("medium", 0.4, 0.6)),
         *(("easy", 0.93, 0.97), ("split", 0.47, 0.53)),
+        *(("hard, tail", 0.02, 0.08), ("easy, tail", 0.68, 0.74)),
     ):
-        params = tricks_grid.start(config, tricks_grid.MIXES[mix])
+        params = tricks_grid.start(config, mix)
+        problem = tricks_grid.digit_sums(config, mix)
         assert low < float(problems.expected_reward(problem, params)) < high
 
 
