@@ -9,15 +9,20 @@ rules constant within each of seven bins. Then swarms of 10 and of 1000 act by w
 fifty; and a swarm of fifty acts by the rules that a swarm of 1000 had, in their order, without
 looking at its own mean field.
 
+Means of the Gaussians are some constant times the parameters, since the latter stay within 1.5 in
+so few updates, and a good rule turns at full speed where it is a third of a radian away. Where a
+histogram's middle bin lies around rest it does not turn there, and an edge at rest is better; both
+are judged. Of each kind the best of six settings on other seeds was taken: constants of 1, 3 and 5,
+and for kernels bandwidths of the distance of the anchors and half of it, for histograms a bin or an
+edge at rest.
+
 Order is |mean exp(ix)|², averaged over the last 30 of 100 steps. For comparison, the proportional
 rule clip(3 Im(z exp(-ix))) of the noisy observation, z the mean of exp(ix), and no rule at all.
 
 Exits 0 if rules of blended parameters come to an order of .85, on average, change by less than .05
-with the number of agents, and are, on average, not below histograms'.
-
-Judged by blended densities, at first, the gain of kernels did not show: such a mixture, with a
-bandwidth of the distance of its anchors, draws at rest from anchors to either side, and so turns to
-and fro, as a histogram's middle bin need not.
+with the number of agents, and are above both histograms' by two standard errors of the paired
+difference. Nothing is claimed of blended densities: such a mixture draws at rest from anchors to
+either side, and so turns to and fro.
 
 Source: Dec-POMFC, Cui et al. 2023, arXiv 2307.06175; the numbers of the task are our own.
 """
@@ -29,7 +34,7 @@ import functools
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +46,35 @@ from pgjax import agents, envs, sampling
 from pgjax.envs import mean_field, swarms
 from pgjax.policies import kernel_rule
 
-KERNEL, DENSITIES, HISTOGRAM = "kernel", "kernel, densities", "histogram"
+KERNEL, DENSITIES = "kernel", "kernel, densities"
+EDGE, BIN = "histogram, edge at rest", "histogram, bin at rest"
 TURN = 2 * np.pi
+
+
+class Rule(NamedTuple):
+    """What is different: numbers, so that one compiled program serves all.
+
+    Attributes:
+      scale: of means over parameters.
+      bandwidth: of the kernel, over the distance of anchors.
+      offset: of all anchors, over their distance; by 0 the middle one is at rest.
+      nearest: a histogram.
+      densities: are blended, not parameters.
+    """
+
+    scale: float
+    bandwidth: float = 0.5
+    offset: float = 0.0
+    nearest: bool = False
+    densities: bool = False
+
+
+RULES = {
+    KERNEL: Rule(scale=3.0),
+    EDGE: Rule(scale=3.0, offset=0.5, nearest=True),
+    BIN: Rule(scale=5.0, nearest=True),
+    DENSITIES: Rule(scale=3.0, densities=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +93,9 @@ class Config:
     """Of PPO."""
     swarms: int = 16
     """To judge a rule by."""
-    seeds: int = 5
+    seeds: int = 10
     """Independent runs."""
-    first_seed: int = 100
+    first_seed: int = 400
     """The others follow it."""
     out: pathlib.Path = pathlib.Path("runs/pomfc_kuramoto")
     """Directory for results."""
@@ -71,23 +103,22 @@ class Config:
     """Three seeds of three updates, swarms of five."""
 
 
-def rules(config: Config) -> dict[str, Callable[[Array, Array, Array], Array]]:
-    """`(key, ξ, observations) -> actions`."""
-    anchors = kernel_rule.anchor_grid(-np.pi, np.pi, number=config.anchors)
-
-    def act(weights: Any, draw: Any, key: Array, xi: Array, seen: Array) -> Array:
-        mean, log_std = xi.reshape(2, config.anchors)
-        xi = jnp.stack([mean, jnp.clip(log_std - 1.0, -4.0, 0.0)], axis=-1)
-        return draw(key, xi, weights(seen, anchors, period=TURN))
-
-    near = functools.partial(kernel_rule.rbf_weights, bandwidth=TURN / config.anchors)
-    return {
-        KERNEL: functools.partial(act, near, kernel_rule.interpolated_rule_sample),
-        DENSITIES: functools.partial(act, near, kernel_rule.kernel_rule_sample),
-        HISTOGRAM: functools.partial(
-            act, kernel_rule.nearest_weights, kernel_rule.interpolated_rule_sample
-        ),
-    }
+def decision(config: Config, rule: Rule, key: Array, xi: Array, seen: Array) -> Array:
+    """Actions of agents by their observations; ξ holds all means, then all log deviations."""
+    width = TURN / config.anchors
+    anchors = kernel_rule.anchor_grid(-np.pi, np.pi, number=config.anchors) + rule.offset * width
+    weights = jnp.where(
+        rule.nearest,
+        kernel_rule.nearest_weights(seen, anchors, period=TURN),
+        kernel_rule.rbf_weights(seen, anchors, bandwidth=rule.bandwidth * width, period=TURN),
+    )
+    mean, log_std = xi.reshape(2, config.anchors)
+    xi = jnp.stack([rule.scale * mean, jnp.clip(log_std - 1.0, -4.0, 0.0)], axis=-1)
+    return jnp.where(
+        rule.densities,
+        kernel_rule.kernel_rule_sample(key, xi, weights),
+        kernel_rule.interpolated_rule_sample(key, xi, weights),
+    )
 
 
 def world(decide: Callable[[Array, Array, Array], Array], number: int, config: Config) -> Any:
@@ -142,10 +173,9 @@ def course(
     return seen.reward[-30:].mean(), seen.action
 
 
-def learnt(
-    decide: Callable[[Array, Array, Array], Array], config: Config, state: Any, key: Array
-) -> dict[str, Array]:
+def learnt(config: Config, rule: Rule, state: Any, key: Array) -> dict[str, Array]:
     """One run: the order of each size of swarm at the end, and of that trained with before."""
+    decide = functools.partial(decision, config, rule)
     env = world(decide, config.agents, config)
     agent = learner(env, config)
     test_key = jax.random.fold_in(key, 1)
@@ -200,8 +230,19 @@ def fixed(config: Config, gain: float) -> dict[str, Float[np.ndarray, " S"]]:
     return found
 
 
+def above(
+    text: str, one: Float[np.ndarray, " S"], other: Float[np.ndarray, " S"]
+) -> reproduction.Claim:
+    """The mean of the paired differences is above 0 by two of its standard errors."""
+    gain = one - other
+    error = gain.std(ddof=1) / len(gain) ** 0.5
+    return reproduction.Claim(
+        text, bool(gain.mean() > 2 * error), f"{gain.mean():+.4f} ± {error:.4f}"
+    )
+
+
 def run(config: Config) -> reproduction.Findings:
-    """Both kinds of rules, and what they are compared with."""
+    """All kinds of rules, and what they are compared with."""
     if config.quick:
         config = dataclasses.replace(
             config, updates=3, agents=5, transfer=(3, 8), swarms=2, seeds=3
@@ -210,23 +251,24 @@ def run(config: Config) -> reproduction.Findings:
     table: dict[str, dict[str, Float[np.ndarray, " S"]]] = {}
     curves = {}
     steps = 1600 * (1 + np.arange(config.updates))
-    for name, decide in reproduction.track(rules(config).items()):
-        agent = learner(world(decide, config.agents, config), config)
-        # One start after the other: a batch of orthogonal matrices takes long to compile.
-        states = jax.jit(lambda keys, agent=agent: jax.lax.map(agent.init, keys))(keys)
-        train = jax.jit(jax.vmap(functools.partial(learnt, decide, config)))
-        found = {column: np.asarray(x) for column, x in train(states, keys).items()}
+    any_rule = functools.partial(decision, config, RULES[KERNEL])  # they start alike
+    agent = learner(world(any_rule, config.agents, config), config)
+    # One start after the other: a batch of orthogonal matrices takes long to compile.
+    states = jax.jit(lambda keys: jax.lax.map(agent.init, keys))(keys)
+    train = jax.jit(jax.vmap(functools.partial(learnt, config), in_axes=(None, 0, 0)))
+    for name, rule in reproduction.track(RULES.items()):
+        numbers = jax.tree.map(jnp.asarray, rule)
+        found = {column: np.asarray(x) for column, x in train(numbers, states, keys).items()}
         curves[name] = reproduction.band(steps, found.pop("curve"))
         table[name] = found
     table["proportional"] = fixed(config, 3.0)
     table["no rule"] = fixed(config, 0.0)
     column = f"order, {config.agents} agents"
-    kernel, histogram = table[KERNEL][column], table[HISTOGRAM][column]
+    kernel = table[KERNEL][column]
     changes = {
         number: float((table[KERNEL][f"order, {number} agents"] - kernel).mean())
         for number in config.transfer
     }
-    gain = kernel - histogram
     return reproduction.Findings(
         title=f"Order of swarms, rules of {config.anchors} parts",
         table=table,
@@ -237,10 +279,9 @@ def run(config: Config) -> reproduction.Findings:
                 all(abs(change) < 0.05 for change in changes.values()),
                 ", ".join(f"{number} agents {change:+.3f}" for number, change in changes.items()),
             ),
-            reproduction.Claim(
-                "they are not below histograms' on average",
-                bool(gain.mean() >= 0),
-                f"{gain.mean():+.3f}, by seed " + ", ".join(f"{x:+.3f}" for x in gain),
+            *(
+                above(f"they are above: {name}", kernel, table[name][column])
+                for name in (EDGE, BIN)
             ),
         ],
         panels={"reward while exploring": curves},
