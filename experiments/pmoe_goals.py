@@ -2,21 +2,33 @@
 
 Soft actor-critic with a mixture of four experts (PMOE), of which the one learns whose action the
 critic values most, against one Gaussian; with `--routers` also against mixtures that route by a
-Gumbel-softmax and by the score function, without a claim. First on one decision with four goals
-around the start, each as good: from the middle no direction is better, and a Gaussian may stay
-there. A seed succeeds if an expert with a weight above .05 has its mean within .15 of a goal.
-Several goals at once are not to be expected: one expert takes nearly all the weight.
+Gumbel-softmax and by the score function, without a claim. Critics learn from 256 actions of the
+policy as it is at each step, and from none before; with `--memory` from a replay memory.
 
-Then on a decision with two sides, of which the better depends on where it starts: are the likeliest
-experts of the two regions different ones? And on the pendulum: does a mixture learn as fast?
+First one decision with four goals around the start, each as good. A seed succeeds if an expert with
+a weight above .05 has its mean within .15 of a goal. Several goals at once are not to be expected:
+one expert takes nearly all the weight. How firmly the middle holds a single Gaussian can be
+calculated. At distance d, with rewards exp(-|a - g|²/w), and but for the tangent, mean μ and
+deviation σ are paid Σ_g w/s exp(-|μ - g|²/s), s = w + 2σ². From μ = 0 the best s is d², and beyond
+that s the middle is a maximum in μ: both at once, on the edge. Any entropy bonus asks for a larger
+s, so that the middle is a maximum, shallow at temperature .01 and four times as curved at .05 (both
+with the tangent, numerically). So the claim is about .05, with .01 shown beside it.
 
-Exits 0 if PMOE succeeds on more seeds than one Gaussian (Fisher's exact test, one-sided, 5%), the
-regions have different experts on most seeds, and PMOE's return while it learns the pendulum is no
-lower than SAC's by more than two standard errors of their difference.
+Then a decision with two sides, of which the better depends on where it starts. An expert whose mean
+depends on what is seen can serve both, and nothing in the method asks for two of them; so the claim
+is about experts that see nothing, with a gate that sees, and those that see are shown beside them.
+And on the pendulum: does a mixture learn as fast?
 
-It exits 1: a single Gaussian comes to a goal on every seed as well, and its actions end nearer.
-Here actions are remembered and sampled again; where a critic learns from the policy's latest
-actions alone, symmetry may hold a Gaussian longer, which was not tried.
+Exits 0 if
+
+* at temperature .05 PMOE succeeds on more seeds than one Gaussian (Fisher's exact test, one-sided,
+  5%);
+* on most seeds the likeliest experts of the two sides differ and each is within .15 of its side's
+  goal;
+* there PMOE is paid more in its last tenth than one Gaussian that sees nothing, by two standard
+  errors of the difference, paired by seed;
+* PMOE's return while it learns the pendulum is no lower than SAC's by more than two standard errors
+  of their difference.
 
 Source: PMOE, Ren et al. 2021, arXiv 2104.09122; the tasks are our own.
 """
@@ -27,6 +39,7 @@ import dataclasses
 import math
 import pathlib
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -36,7 +49,8 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from experiments.shared import reproduction
-from pgjax import agents, envs
+from pgjax import agents, envs, values
+from pgjax.agents.networks import Network
 from pgjax.agents.sac import Actor
 from pgjax.envs import control
 from pgjax.policies.mixture import Mixture
@@ -49,20 +63,26 @@ PMOE, SINGLE = "PMOE, 4 experts", "one Gaussian"
 class Config:
     """How to train."""
 
-    updates: int = 2000
-    """Gradient steps on the one-step tasks, each after one action in 16 environments."""
-    batch_size: int = 64
-    """Of each."""
-    temperature: float = 0.01
-    """On the one-step tasks, where it stays."""
+    updates: int = 2500
+    """Gradient steps on the four goals."""
+    side_updates: int = 1500
+    """Gradient steps on the two sides."""
+    batch_size: int = 256
+    """Of each; half of it on the pendulum."""
+    temperatures: tuple[float, ...] = (0.01, 0.05)
+    """On the four goals, where they stay; the last is judged. The two sides have the first."""
     seeds: int = 30
     """Runs of each method on the four goals."""
+    side_seeds: int = 10
+    """Runs on the two sides."""
     pendulum_updates: int = 2000
     """Gradient steps on the pendulum, each after one action in 4 environments."""
-    few_seeds: int = 3
-    """Runs on the other two tasks."""
-    first_seed: int = 0
+    pendulum_seeds: int = 5
+    """Runs on the pendulum."""
+    first_seed: int = 100
     """The others follow it."""
+    memory: bool = False
+    """On the one-step tasks a replay memory, with 16 actions a step and two critics."""
     out: pathlib.Path = pathlib.Path("runs/pmoe_goals")
     """Directory for results."""
     routers: bool = False
@@ -123,49 +143,114 @@ def routers(others: bool) -> dict[str, tuple[int, Actor]]:
     return found
 
 
-def trained(
-    agent: agents.Agent, seeds: int, config: Config, updates: int
-) -> tuple[Any, dict[str, Array]]:
-    """So many runs at once."""
-    keys = jax.vmap(jax.random.key)(config.first_seed + jnp.arange(seeds))
-    # One start after the other: a batch of orthogonal matrices takes long to compile.
-    states = jax.jit(lambda keys: jax.lax.map(agent.init, keys))(keys)
-    train = jax.vmap(lambda state: agents.train(agent, state, num_updates=updates))
-    return jax.jit(train)(states)
+def blind(policy: Network) -> Network:
+    """Experts that see nothing, and a gate that does."""
+
+    def apply(params: Any, observation: Array) -> Mixture:
+        gate = policy.apply(params, observation).logits
+        return policy.apply(params, jnp.ones_like(observation))._replace(logits=gate)
+
+    return Network(policy.init, apply)
 
 
-def one_step_agent(
-    env: envs.Environment, num_experts: int, actor: Actor, config: Config
-) -> tuple[agents.Agent, agents.Network]:
-    """SAC with a temperature that stays, and its policy."""
-    policy = agents.expert_policy(env, num_experts=num_experts, hidden=(64, 64))
-    agent = agents.sac(
-        env,
-        policy,
-        agents.critics(env, hidden=(64, 64)),
-        actor=actor,
-        optimizer={
-            "actor": optax.adam(3e-3),
-            "critic": optax.adam(1e-3),
-            "log_temperature": optax.set_to_zero(),
-        },
-        num_envs=16,
-        batch_size=config.batch_size,
-        capacity=16 * (config.updates + 100),
-        start_steps=config.batch_size,
-        initial_temperature=config.temperature,
-    )
-    return agent, policy
+def remembering(
+    env: envs.Environment, policy: Network, actor: Actor, batch_size: int, num_updates: int
+) -> Any:
+    """A run on all actions so far: what its policy ends as, and rewards `[U]`."""
+
+    def run(key: PRNGKeyArray, temperature: Array) -> tuple[Any, Array]:
+        agent = agents.sac(
+            env,
+            policy,
+            agents.critics(env, hidden=(64, 64)),
+            actor=actor,
+            optimizer={
+                "actor": optax.adam(3e-3),
+                "critic": optax.adam(1e-3),
+                "log_temperature": optax.set_to_zero(),
+            },
+            num_envs=16,
+            batch_size=batch_size,
+            capacity=16 * (num_updates + 100),
+            start_steps=batch_size,
+            initial_temperature=temperature,  # type: ignore[arg-type]
+        )
+        state, metrics = agents.train(agent, agent.init(key), num_updates=num_updates)
+        return state.learner.params["actor"], metrics["return"]
+
+    return run
+
+
+def afresh(
+    env: envs.Environment, policy: Network, actor: Actor, batch_size: int, num_updates: int
+) -> Any:
+    """The same on the policy's own actions at each step, by which first the critic learns."""
+    critic = agents.critics(env, num=1, hidden=(64, 64))
+    of_policy, of_critic = optax.adam(3e-3), optax.adam(1e-3)
+
+    def run(key: PRNGKeyArray, temperature: Array) -> tuple[Any, Array]:
+        policy_key, critic_key, key = jax.random.split(key, 3)
+        params, judge = policy.init(policy_key), critic.init(critic_key)
+
+        def step(carry: Any, key: PRNGKeyArray) -> tuple[Any, Array]:
+            params, judge, params_state, judge_state = carry
+            act_key, learn_key, key = jax.random.split(key, 3)
+            keys = jax.random.split(key, batch_size)
+            state, seen = jax.vmap(env.reset)(keys)
+            action, _ = actor.sample(act_key, policy.apply(params, seen))
+            reward = jax.vmap(env.step)(keys, state, action).reward
+
+            def misjudged(judge: Any) -> Array:
+                return values.value_error(critic.apply(judge, seen, action)[0], reward).mean()
+
+            def regret(params: Any) -> Array:
+                found = policy.apply(params, seen)
+                loss, _ = actor.loss(
+                    learn_key,
+                    found,
+                    lambda action: critic.apply(judge, seen, action)[0],
+                    temperature,
+                )
+                return loss.mean()
+
+            updates, judge_state = of_critic.update(jax.grad(misjudged)(judge), judge_state)
+            judge = optax.apply_updates(judge, updates)
+            updates, params_state = of_policy.update(jax.grad(regret)(params), params_state)
+            params = optax.apply_updates(params, updates)
+            return (params, judge, params_state, judge_state), reward.mean()
+
+        start = params, judge, of_policy.init(params), of_critic.init(judge)
+        end, rewards = jax.lax.scan(step, start, jax.random.split(key, num_updates))
+        return end[0], rewards
+
+    return run
 
 
 def mixtures(
-    env: envs.Environment, num_experts: int, actor: Actor, config: Config, seeds: int, seen: Array
-) -> tuple[Mixture, Float[np.ndarray, "S U"]]:
-    """What policies end as, where they see this, `[S, ...]`; rewards while they learn."""
-    agent, policy = one_step_agent(env, num_experts, actor, config)
-    states, metrics = trained(agent, seeds, config, config.updates)
-    found = jax.vmap(lambda params: policy.apply(params, seen))(states.learner.params["actor"])
-    return jax.tree.map(np.asarray, found), np.asarray(metrics["return"])
+    run: Any,
+    policy: Network,
+    seen: Array,
+    temperatures: Sequence[float],
+    config: Config,
+    seeds: int,
+) -> Iterator[tuple[Mixture, Float[np.ndarray, "S U"]]]:
+    """At each temperature what policies end as, where they see this, `[S, ...]`; all rewards."""
+
+    def one(given: tuple[PRNGKeyArray, Array]) -> tuple[Mixture, Array]:
+        params, rewards = run(*given)
+        return policy.apply(params, seen), rewards
+
+    keys = jnp.tile(run_keys(config, seeds), len(temperatures))
+    each = jnp.repeat(jnp.asarray(temperatures, jnp.float32), seeds)
+    # One after the other: products of single matrices are faster than those of a batch of them.
+    found = jax.jit(lambda *given: jax.lax.map(one, given))(keys, each)
+    for i in range(len(temperatures)):
+        yield jax.tree.map(lambda x, i=i: np.asarray(x[i * seeds : (i + 1) * seeds]), found)
+
+
+def run_keys(config: Config, seeds: int) -> PRNGKeyArray:
+    """One for each run."""
+    return jax.vmap(jax.random.key)(config.first_seed + jnp.arange(seeds))
 
 
 def reaches(found: Mixture) -> Float[np.ndarray, " S"]:
@@ -175,6 +260,16 @@ def reaches(found: Mixture) -> Float[np.ndarray, " S"]:
     return ((away < 0.15) & (weights > 0.05)).any(-1).astype(float)
 
 
+def specialised(found: Mixture) -> Float[np.ndarray, " S"]:
+    """Whether the likeliest experts on the left and right differ, each at its side's goal."""
+    likeliest = np.asarray(found.logits).argmax(-1)
+    means = np.tanh(np.take_along_axis(np.asarray(found.mean), likeliest[..., None, None], 2))[
+        :, :, 0
+    ]
+    away = np.linalg.norm(means - np.asarray(GOALS)[[2, 0]], axis=-1)
+    return ((likeliest[:, 0] != likeliest[:, 1]) & (away < 0.15).all(-1)).astype(float)
+
+
 def pendulum(
     num_experts: int | None, config: Config
 ) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, "S P"]]:
@@ -182,7 +277,7 @@ def pendulum(
     env = envs.with_scaled_actions(control.pendulum())
     options: dict[str, Any] = {
         "num_envs": 4,
-        "batch_size": 2 * config.batch_size,
+        "batch_size": config.batch_size // 2,
         "learning_rate": 1e-3,
         "tau": 0.01,
         "start_steps": 800,  # one episode each, so that all end together from then on
@@ -194,9 +289,14 @@ def pendulum(
     else:
         policy = agents.expert_policy(env, num_experts=num_experts, hidden=(64, 64))
         agent = agents.sac(env, policy, judge, actor=agents.best_expert(), **options)
-    rewards = np.asarray(
-        trained(agent, config.few_seeds, config, config.pendulum_updates)[1]["return"]
+    # One start after the other: a batch of orthogonal matrices takes long to compile.
+    states = jax.jit(lambda keys: jax.lax.map(agent.init, keys))(
+        run_keys(config, config.pendulum_seeds)
     )
+    train = jax.vmap(
+        lambda state: agents.train(agent, state, num_updates=config.pendulum_updates)[1]
+    )
+    rewards = np.asarray(jax.jit(train)(states)["return"])
     ended = rewards[:, ~np.isnan(rewards).any(0)]
     return ended.mean(1), ended
 
@@ -216,69 +316,99 @@ def run(config: Config) -> reproduction.Findings:
     """All three tasks."""
     if config.quick:
         config = dataclasses.replace(
-            config, updates=20, seeds=3, few_seeds=3, pendulum_updates=200, batch_size=4
+            config,
+            updates=20,
+            side_updates=20,
+            seeds=3,
+            side_seeds=3,
+            pendulum_seeds=3,
+            pendulum_updates=200,
+            batch_size=16,
         )
     table: dict[str, dict[str, Float[np.ndarray, " S"]]] = {}
-    panels: dict[str, dict[str, Any]] = {"reward, four goals": {}, "return, pendulum": {}}
-    steps = 1 + np.arange(config.updates)
-    for name, (number, actor) in reproduction.track(routers(config.routers).items()):
-        found, rewards = mixtures(four_goals(), number, actor, config, config.seeds, jnp.ones(1))
-        weights = np.asarray(jax.nn.softmax(found.logits))
-        table[f"four goals: {name}"] = {
-            "success": reaches(found),
-            "largest weight": weights.max(-1),
-            "reward, last tenth": rewards[:, -max(1, config.updates // 10) :].mean(1),
-        }
-        smooth = reproduction.smooth(rewards, 50)
-        panels["reward, four goals"][name] = reproduction.band(steps[: smooth.shape[1]], smooth)
-    sides = jnp.array([[-0.75], [0.75]])
-    found, rewards = mixtures(two_sides(), 4, agents.best_expert(), config, config.few_seeds, sides)
-    likeliest = found.logits.argmax(-1)
-    differs = np.asarray(likeliest[:, 0] != likeliest[:, 1], float)
-    table["two sides: PMOE, 4 experts"] = {
-        "experts differ": differs,
-        "reward, last tenth": rewards[:, -max(1, config.updates // 10) :].mean(1),
-    }
+    panels: dict[str, dict[str, Any]] = {}
+    learn = remembering if config.memory else afresh
+    goals, sides, seen = four_goals(), two_sides(), jnp.array([[-0.75], [0.75]])
+    for name, (number, actor) in reproduction.track(routers(config.routers).items(), "four goals"):
+        policy = agents.expert_policy(goals, num_experts=number, hidden=(64, 64))
+        runs = learn(goals, policy, actor, config.batch_size, config.updates)
+        ends = mixtures(runs, policy, jnp.ones(1), config.temperatures, config, config.seeds)
+        for temperature, (found, rewards) in zip(config.temperatures, ends, strict=True):
+            table[f"four goals, {temperature:g}: {name}"] = columns(found, rewards, reaches)
+            smooth = reproduction.smooth(rewards, 50)
+            panels.setdefault(f"reward, four goals, {temperature:g}", {})[name] = reproduction.band(
+                1 + np.arange(smooth.shape[1]), smooth
+            )
+    for name, number, sees in ((SINGLE, 1, False), (PMOE, 4, False), (PMOE, 4, True)):
+        policy = agents.expert_policy(sides, num_experts=number, hidden=(64, 64))
+        policy = policy if sees else blind(policy)
+        runs = learn(sides, policy, agents.best_expert(), config.batch_size, config.side_updates)
+        ends = mixtures(runs, policy, seen, config.temperatures[:1], config, config.side_seeds)
+        table[f"two sides: {name} that see{'' if sees else ' nothing'}"] = columns(
+            *next(ends), specialised
+        )
     returns = {}
     for name, experts in {"SAC": None, PMOE: 4}.items():
         returns[name], course = pendulum(experts, config)
         table[f"pendulum: {name}"] = {"return while learning": returns[name]}
         at = 200 * (1 + np.arange(course.shape[1]))
-        panels["return, pendulum"][name] = reproduction.band(at, course)
+        panels.setdefault("return, pendulum", {})[name] = reproduction.band(at, course)
     return reproduction.Findings(
         title="Mixtures of experts in soft actor-critic",
         table=table,
-        claims=claims(table, differs, returns[PMOE] - returns["SAC"]),
+        claims=claims(table, config.temperatures[-1], returns[PMOE] - returns["SAC"]),
         panels=panels,
         x_label="gradient steps",
     )
 
 
+def columns(
+    found: Mixture, rewards: Float[np.ndarray, "S U"], success: Any
+) -> dict[str, Float[np.ndarray, " S"]]:
+    """Of the table, for a one-step task."""
+    weights = np.asarray(jax.nn.softmax(found.logits)).max(-1)
+    return {
+        "success": success(found),
+        "largest weight": weights.reshape(len(weights), -1).mean(-1),
+        "reward, last tenth": rewards[:, -max(1, rewards.shape[1] // 10) :].mean(1),
+    }
+
+
 def claims(
     table: dict[str, dict[str, Float[np.ndarray, " S"]]],
-    differs: Float[np.ndarray, " S"],
+    temperature: float,
     gain: Float[np.ndarray, " S"],
 ) -> list[reproduction.Claim]:
     """What is to be shown, judged."""
-    more, less = (int(table[f"four goals: {x}"]["success"].sum()) for x in (PMOE, SINGLE))
-    number = len(table[f"four goals: {PMOE}"]["success"])
-    chance = fisher(more, less, number)
-    error = gain.std(ddof=1) / len(gain) ** 0.5
+    arms = [table[f"four goals, {temperature:g}: {x}"]["success"] for x in (PMOE, SINGLE)]
+    more, less = (int(x.sum()) for x in arms)
+    chance = fisher(more, less, len(arms[0]))
+    own, other = (table[f"two sides: {x} that see nothing"] for x in (PMOE, SINGLE))
+    paid = own["reward, last tenth"] - other["reward, last tenth"]
+
+    def error(x: Float[np.ndarray, " S"]) -> float:
+        return x.std(ddof=1) / len(x) ** 0.5
+
     return [
         reproduction.Claim(
-            "four goals: PMOE comes to one on more seeds than one Gaussian",
+            f"four goals, temperature {temperature:g}: PMOE comes to one on more seeds",
             chance < 0.05,
-            f"{more} and {less} of {number}, p = {chance:.3g}",
+            f"{more} and {less} of {len(arms[0])}, p = {chance:.3g}",
         ),
         reproduction.Claim(
-            "two sides: the likeliest experts differ on most seeds",
-            bool(differs.mean() > 0.5),
-            f"{int(differs.sum())} of {len(differs)}",
+            "two sides: on most seeds each has a likeliest expert of its own, at its goal",
+            bool(own["success"].mean() > 0.5),
+            f"{int(own['success'].sum())} of {len(own['success'])}",
+        ),
+        reproduction.Claim(
+            "two sides: PMOE is paid more than one Gaussian that sees nothing",
+            bool(paid.mean() > 2 * error(paid)),
+            f"{paid.mean():+.3f} ± {error(paid):.3f}",
         ),
         reproduction.Claim(
             "pendulum: PMOE's return while it learns is not below SAC's by two standard errors",
-            bool(gain.mean() > -2 * error),
-            f"{gain.mean():+.0f} ± {error:.0f}",
+            bool(gain.mean() > -2 * error(gain)),
+            f"{gain.mean():+.0f} ± {error(gain):.0f}",
         ),
     ]
 

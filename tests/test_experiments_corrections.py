@@ -19,3 +19,24 @@ def test_fishers_test_is_scipys():
     for more, less in ((10, 2), (3, 3), (0, 4), (12, 11)):
         wanted = scipy.stats.fisher_exact([[more, 12 - more], [less, 12 - less]], "greater").pvalue
         assert abs(pmoe_goals.fisher(more, less, 12) - wanted) < 1e-9
+
+
+def test_what_counts_as_success_on_the_one_step_tasks():
+    import numpy as np
+
+    from experiments import pmoe_goals
+    from pgjax.policies.mixture import Mixture
+
+    goal = np.arctanh(0.6)
+    means = np.zeros((2, 2, 2, 2))  # seeds, sides, experts, entries of the action
+    means[:, :, 0, 0], means[:, :, 1, 0] = -goal, goal
+    logits = np.zeros((2, 2, 2))
+    logits[:, 0, 0] = logits[0, 1, 1] = logits[1, 1, 0] = 2.0  # the second seed's right goes left
+    found = Mixture(logits, means, np.zeros_like(means))
+    np.testing.assert_array_equal(pmoe_goals.specialised(found), [1.0, 0.0])
+    np.testing.assert_array_equal(pmoe_goals.specialised(found._replace(mean=0.5 * means)), 0.0)
+    one_side = Mixture(logits[:, 0], means[:, 0], means[:, 0])
+    np.testing.assert_array_equal(pmoe_goals.reaches(one_side), 1.0)
+    far = one_side._replace(mean=np.where(np.arange(2)[:, None] == 0, 0.0, means[:, 0]))
+    unused = np.array([[0.0, 0.0], [9.0, 0.0]])  # the expert at a goal does not act
+    np.testing.assert_array_equal(pmoe_goals.reaches(far._replace(logits=unused)), [1.0, 0.0])
