@@ -38,4 +38,8 @@ def test_values_of_the_random_walk():
     np.testing.assert_allclose(
         found, rewards + beer_rank.GAMMA * found[following].mean(1), rtol=1e-3, atol=1e-4
     )
-    assert set(following[0]) == {0, 1, 10} and set(following[55]) == {45, 56, 65, 54}
+    near = beer_rank.grid(0).following
+    assert set(near[0]) == {0, 1, 10} and set(near[55]) == {45, 56, 65, 54}
+    # All cells of a block of 4 x 4 follow each other.
+    block = {10 * i + j for i in range(3, 7) for j in range(3, 7)}
+    assert all(block - {cell} <= set(following[cell]) for cell in block)
