@@ -6,7 +6,7 @@ import json
 import pytest
 
 
-@pytest.mark.parametrize("name", ["bn_coordination", "hnpg_lock"])
+@pytest.mark.parametrize("name", ["bn_coordination", "bn_learned_graph", "hnpg_lock"])
 def test_a_quick_run_writes_its_files(name, tmp_path):
     experiment = importlib.import_module(f"experiments.{name}")
     assert experiment.main(["--quick", "--out", str(tmp_path / "run")]) in (0, 1)
