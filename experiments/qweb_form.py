@@ -53,6 +53,8 @@ class Config:
 
     seeds: int = 3
     """Independent runs of each method."""
+    first_seed: int = 0
+    """The others follow it."""
     steps: int = 102_400
     """Environment steps of a run."""
     num_fields: int = 4
@@ -211,12 +213,15 @@ def run(config: Config) -> reproduction.Findings:
             evaluations=2,
         )
     part = config.num_envs * config.evaluations
-    if config.steps % part or config.steps < 1:
-        raise ValueError(f"steps: expected a multiple of {part}, got {config.steps}")
+    if config.steps % part or config.steps < part:
+        raise ValueError(
+            f"steps: expected a positive multiple of num_envs times evaluations, {part}, "
+            f"got {config.steps}"
+        )
     form = webform.Form(
         num_fields=config.num_fields, num_elements=config.num_elements, max_steps=config.max_steps
     )
-    keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
+    keys = jax.vmap(jax.random.key)(config.first_seed + jnp.arange(config.seeds))
     many = jax.jit(jax.vmap(functools.partial(learn, config, form), in_axes=(None, 0)))
     at = config.steps // config.evaluations * np.arange(1, config.evaluations + 1)
     found: dict[str, Float[np.ndarray, "S E"]] = {}

@@ -374,5 +374,7 @@ def test_a_quick_run_of_the_experiment_writes_its_files(tmp_path, capsys):
     found = json.loads((tmp_path / "run" / "results.json").read_text())
     assert len(found["claims"]) == 5 and len(found["table"]) == 5
     assert (tmp_path / "run" / "curves.png").is_file()
-    assert qweb_form.main(["--steps", "100"]) == 2
-    assert "steps: expected a multiple of 128" in capsys.readouterr().err
+    for steps in ("100", "0"):
+        assert qweb_form.main(["--steps", steps]) == 2
+        found = capsys.readouterr().err
+        assert "steps: expected a positive multiple of num_envs times evaluations, 128" in found
