@@ -2,9 +2,10 @@
 
 At 4, 256 and 4,096 environments, 128 steps, four epochs of four minibatches, two networks of 64 and
 64: our agent beside the same algorithm in one file on gymnax, distrax, Flax and Optax, compiled as
-a whole too, and beside torch with Gymnasium's vectorised environments (where they are installed).
-Ours also bootstraps from the last observation of episodes that were cut off, which the others do
-not; it is timed without, as they are, and with. Ratios are ours / theirs in time, below 1 faster.
+a whole too, and beside torch with Gymnasium's vectorised environments and Stable-Baselines3 (where
+they are installed). Ours also bootstraps from the last observation of episodes that were cut off,
+as Stable-Baselines3 does and the others do not; beside the one file it is timed without and with.
+Ratios are ours / theirs in time, below 1 faster.
 Three more rows are facts of the compiled programs: how often a run that goes on is compiled, what a
 batch takes beside what its fields add up to, and the update's temporary memory beside the batch.
 Exits with 1 where a ratio is above its limit.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,6 +28,11 @@ from pgjax.agents import on_policy
 from pgjax.envs import control
 
 SIZES = {4: 20, 256: 5, 4096: 3}  # environments: timed runs
+# What they need, an update of them, and the most of their time that ours may take at 4096.
+PEERS: dict[str, tuple[tuple[str, ...], Any, float | None]] = {
+    "torch and Gymnasium": (("torch", "gymnasium"), control_peers.torch_and_numpy, None),
+    "Stable-Baselines3": (("stable_baselines3",), control_peers.stable_baselines, 1 / 20),
+}
 
 
 def ours(numbers: control_peers.Numbers, *, bootstrap: bool, updates: int) -> tuple[Any, Any]:
@@ -44,7 +51,7 @@ def ours(numbers: control_peers.Numbers, *, bootstrap: bool, updates: int) -> tu
 
 
 def compared(num_envs: int, runs: int) -> list[harness.Row]:
-    """Both forms of ours beside the one file, and one beside torch."""
+    """Both forms of ours beside the one file, and one beside what learns in torch."""
     numbers = control_peers.Numbers(num_envs)
     updates = max(1, 256 // num_envs)
     steps = updates * num_envs * numbers.num_steps
@@ -71,26 +78,28 @@ def compared(num_envs: int, runs: int) -> list[harness.Row]:
                 limit=None if bootstrap else 1.0,
             )
         )
-    if all(importlib.util.find_spec(x) for x in ("torch", "gymnasium")):
+    few = 1 if num_envs > 1000 else 2
+    for peer, (modules, make, limit) in PEERS.items():
+        if not all(importlib.util.find_spec(x) for x in modules):
+            continue
         state, run = ours(numbers, bootstrap=True, updates=updates)
-        update = control_peers.torch_and_numpy(numbers)
+        update = make(numbers)
 
-        def torch_updates() -> None:
+        def their_updates(update: Callable[[], None] = update) -> None:
             for _ in range(updates):
                 update()
 
-        few = 1 if num_envs > 1000 else 2
         mine, other, ratio = harness.paired_seconds(
-            functools.partial(run, state), torch_updates, runs=few
+            functools.partial(run, state), their_updates, runs=few
         )
         rows.append(
             harness.Row(
                 name=name,
-                peer="torch and Gymnasium",
+                peer=peer,
                 ours=f"{steps / mine:,.0f} steps/s",
                 theirs=f"{steps / other:,.0f} steps/s",
                 ratio=ratio,
-                limit=1 / 20 if num_envs == 4096 else None,
+                limit=limit if num_envs == 4096 else None,
             )
         )
     return rows

@@ -1,7 +1,8 @@
 """PPO as its users write it in one file, and as they write it in torch: what ours is timed beside.
 
 The first is the published algorithm on gymnax, distrax, Flax and Optax, training loop compiled
-whole; the second collects with NumPy from vectorised environments and learns in torch.
+whole; the second collects with NumPy from vectorised environments and learns in torch; the third is
+Stable-Baselines3's.
 """
 
 from __future__ import annotations
@@ -198,5 +199,34 @@ def torch_and_numpy(numbers: Numbers) -> Callable[[], None]:
                 loss.backward()
                 nn.utils.clip_grad_norm_(both, numbers.max_norm)
                 adam.step()
+
+    return update
+
+
+def stable_baselines(numbers: Numbers) -> Callable[[], None]:
+    """An update, called for its effect; time limits are bootstrapped there too."""
+    from stable_baselines3 import PPO
+    from stable_baselines3.common import env_util
+
+    size = numbers.num_envs * numbers.num_steps
+    model = PPO(
+        "MlpPolicy",
+        env_util.make_vec_env("CartPole-v1", n_envs=numbers.num_envs, seed=0),
+        n_steps=numbers.num_steps,
+        batch_size=size // numbers.minibatches,
+        n_epochs=numbers.epochs,
+        gamma=numbers.discount,
+        gae_lambda=numbers.gae_lambda,
+        clip_range=numbers.clip,
+        clip_range_vf=numbers.clip,
+        ent_coef=numbers.entropy,
+        vf_coef=numbers.value,
+        max_grad_norm=numbers.max_norm,
+        learning_rate=numbers.rate,
+        device="cpu",
+    )
+
+    def update() -> None:
+        model.learn(size, reset_num_timesteps=False)
 
     return update
