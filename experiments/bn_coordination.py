@@ -46,7 +46,7 @@ class Config:
     out: pathlib.Path = pathlib.Path("runs/bn_coordination")
     """Directory for results."""
     quick: bool = False
-    """Three starts, 50 steps."""
+    """Three starts, 50 steps, two and three agents."""
 
 
 def graphs(size: int) -> dict[str, Array]:
@@ -92,7 +92,7 @@ def learn(config: Config, size: int, graph: Array, key: Array) -> Float[Array, "
 def run(config: Config) -> reproduction.Findings:
     """All graphs from the same starts."""
     if config.quick:
-        config = dataclasses.replace(config, seeds=3, iterations=50)
+        config = dataclasses.replace(config, seeds=3, iterations=50, agents=(2, 3))
     keys = jax.random.split(jax.random.key(0), config.seeds)
     table: dict[str, Any] = {}
     panels: dict[str, Any] = {}
