@@ -221,33 +221,29 @@ def on_the_pendulum(config: Config, name: str) -> dict[str, Float[np.ndarray, " 
     return jax.tree.map(np.asarray, many(config.first_seed + jnp.arange(config.pendulum_seeds)))
 
 
-def error(x: Float[np.ndarray, " S"]) -> float:
-    """Standard error of the mean."""
-    return float(x.std(ddof=1) / len(x) ** 0.5)
-
-
 def judged(
     config: Config, table: dict[tuple[str, float], dict[str, Any]], pendulum: dict[str, Any]
 ) -> list[reproduction.Claim]:
     """The four claims."""
     own, other = table[BEER, config.bounded[-1]], table[EVERY, config.unbounded[1]]
     plain = table[NONE, 0.0]
-    raised = own["effective rank"] - plain["effective rank"]
-    further = other["effective rank"] - own["effective rank"]
     least = min((plain, own, other), key=lambda x: x["value error"].mean())["value error"]
     behind = own["value error"] - least
     gained = own["value error"] - plain["value error"]
     gain = pendulum[BEER]["return"] - pendulum[NONE]["return"]
+    error = reproduction.standard_error
     return [
-        reproduction.Claim(
+        reproduction.ahead(
             "grid: BEER raises the effective rank by two standard errors",
-            bool(raised.mean() > 2 * error(raised)),
-            f"{raised.mean():+.2f} ± {error(raised):.2f}",
+            own["effective rank"],
+            plain["effective rank"],
+            format=".2f",
         ),
-        reproduction.Claim(
+        reproduction.ahead(
             "grid: the mean of cos² raises it further, by two standard errors",
-            bool(further.mean() > 2 * error(further)),
-            f"{further.mean():+.2f} ± {error(further):.2f}",
+            other["effective rank"],
+            own["effective rank"],
+            format=".2f",
         ),
         reproduction.Claim(
             "grid: BEER's value error is within a standard error of the least",

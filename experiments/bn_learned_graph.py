@@ -150,17 +150,6 @@ def learn(config: Config, learnt: bool, method: Method, key: PRNGKeyArray) -> di
     return {"share of best": share, "density": density, "without edges": alone}
 
 
-def above(
-    text: str, one: Float[np.ndarray, " S"], other: Float[np.ndarray, " S"]
-) -> reproduction.Claim:
-    """The mean of the paired differences is above 0 by two of its standard errors."""
-    gain = one - other
-    error = gain.std(ddof=1) / len(gain) ** 0.5
-    return reproduction.Claim(
-        text, bool(gain.mean() > 2 * error), f"{gain.mean():+.3f} ± {error:.3f}"
-    )
-
-
 def run(config: Config) -> reproduction.Findings:
     """All graphs, all seeds."""
     if config.quick:
@@ -195,7 +184,7 @@ def run(config: Config) -> reproduction.Findings:
         title=f"Share of the best return after {config.updates} updates, {config.agents} agents",
         table=table,
         claims=[
-            above(
+            reproduction.ahead(
                 "a learnt graph ends above independent agents",
                 table[LEARNT]["share of best"],
                 alone,
@@ -203,7 +192,7 @@ def run(config: Config) -> reproduction.Findings:
             reproduction.Claim(
                 "annealed graphs end at a density below .1", density < 0.1, f"{density:.3f}"
             ),
-            above(
+            reproduction.ahead(
                 "annealed agents, their edges taken away, end above independent ones",
                 table[ANNEALED]["without edges"],
                 alone,

@@ -30,6 +30,8 @@ Exits 0 if
 * PMOE's return while it learns the pendulum is no lower than SAC's by more than two standard errors
   of their difference.
 
+It exits 1, by the first: 12 seeds of 30 against 9.
+
 Source: PMOE, Ren et al. 2021, arXiv 2104.09122; the tasks are our own.
 """
 
@@ -50,6 +52,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from experiments.shared import reproduction
 from pgjax import agents, envs, values
+from pgjax.agents import off_policy
 from pgjax.agents.networks import Network
 from pgjax.agents.sac import Actor
 from pgjax.envs import control
@@ -213,10 +216,12 @@ def afresh(
                 )
                 return loss.mean()
 
-            updates, judge_state = of_critic.update(jax.grad(misjudged)(judge), judge_state)
-            judge = optax.apply_updates(judge, updates)
-            updates, params_state = of_policy.update(jax.grad(regret)(params), params_state)
-            params = optax.apply_updates(params, updates)
+            judge, judge_state = off_policy.descend(
+                of_critic, jax.grad(misjudged)(judge), judge_state, judge
+            )
+            params, params_state = off_policy.descend(
+                of_policy, jax.grad(regret)(params), params_state, params
+            )
             return (params, judge, params_state, judge_state), reward.mean()
 
         start = params, judge, of_policy.init(params), of_critic.init(judge)
@@ -384,11 +389,7 @@ def claims(
     more, less = (int(x.sum()) for x in arms)
     chance = fisher(more, less, len(arms[0]))
     own, other = (table[f"two sides: {x} that see nothing"] for x in (PMOE, SINGLE))
-    paid = own["reward, last tenth"] - other["reward, last tenth"]
-
-    def error(x: Float[np.ndarray, " S"]) -> float:
-        return x.std(ddof=1) / len(x) ** 0.5
-
+    error = reproduction.standard_error(gain)
     return [
         reproduction.Claim(
             f"four goals, temperature {temperature:g}: PMOE comes to one on more seeds",
@@ -400,15 +401,15 @@ def claims(
             bool(own["success"].mean() > 0.5),
             f"{int(own['success'].sum())} of {len(own['success'])}",
         ),
-        reproduction.Claim(
+        reproduction.ahead(
             "two sides: PMOE is paid more than one Gaussian that sees nothing",
-            bool(paid.mean() > 2 * error(paid)),
-            f"{paid.mean():+.3f} ± {error(paid):.3f}",
+            own["reward, last tenth"],
+            other["reward, last tenth"],
         ),
         reproduction.Claim(
             "pendulum: PMOE's return while it learns is not below SAC's by two standard errors",
-            bool(gain.mean() > -2 * error(gain)),
-            f"{gain.mean():+.0f} ± {error(gain):.0f}",
+            bool(gain.mean() > -2 * error),
+            f"{gain.mean():+.0f} ± {error:.0f}",
         ),
     ]
 

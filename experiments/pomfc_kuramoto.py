@@ -230,17 +230,6 @@ def fixed(config: Config, gain: float) -> dict[str, Float[np.ndarray, " S"]]:
     return found
 
 
-def above(
-    text: str, one: Float[np.ndarray, " S"], other: Float[np.ndarray, " S"]
-) -> reproduction.Claim:
-    """The mean of the paired differences is above 0 by two of its standard errors."""
-    gain = one - other
-    error = gain.std(ddof=1) / len(gain) ** 0.5
-    return reproduction.Claim(
-        text, bool(gain.mean() > 2 * error), f"{gain.mean():+.4f} ± {error:.4f}"
-    )
-
-
 def run(config: Config) -> reproduction.Findings:
     """All kinds of rules, and what they are compared with."""
     if config.quick:
@@ -280,7 +269,9 @@ def run(config: Config) -> reproduction.Findings:
                 ", ".join(f"{number} agents {change:+.3f}" for number, change in changes.items()),
             ),
             *(
-                above(f"they are above: {name}", kernel, table[name][column])
+                reproduction.ahead(
+                    f"they are above: {name}", kernel, table[name][column], format=".4f"
+                )
                 for name in (EDGE, BIN)
             ),
         ],

@@ -40,3 +40,21 @@ def test_what_counts_as_success_on_the_one_step_tasks():
     far = one_side._replace(mean=np.where(np.arange(2)[:, None] == 0, 0.0, means[:, 0]))
     unused = np.array([[0.0, 0.0], [9.0, 0.0]])  # the expert at a goal does not act
     np.testing.assert_array_equal(pmoe_goals.reaches(far._replace(logits=unused)), [1.0, 0.0])
+
+
+def test_ahead_asks_for_two_standard_errors_of_paired_differences():
+    import numpy as np
+
+    from experiments.shared import reproduction
+
+    scipy = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    base, noise = rng.normal(size=12), rng.normal(size=12)
+    outcomes = set()
+    for gain in (0.1, 0.4, 0.6, 2.0):
+        other = base + gain + noise
+        found = reproduction.ahead("", other, base)
+        assert found.holds == (scipy.ttest_rel(other, base).statistic > 2)
+        outcomes.add(found.holds)
+    assert outcomes == {False, True}
+    assert not reproduction.ahead("", base, base + 2.0 + noise).holds

@@ -67,6 +67,24 @@ def above(
     return Claim(text, mean >= threshold, f"{mean:{format}} (at least {threshold:{format}})")
 
 
+def standard_error(values: Float[np.ndarray, " S"]) -> float:
+    """Of the mean over seeds, of which there are at least two."""
+    return float(values.std(ddof=1) / values.size**0.5)
+
+
+def ahead(
+    text: str,
+    one: Float[np.ndarray, " S"],
+    other: Float[np.ndarray, " S"],
+    *,
+    format: str = ".3f",
+) -> Claim:
+    """The difference, paired by seed, is above 0 by more than two standard errors of its mean."""
+    gain = one - other
+    mean, error = float(gain.mean()), standard_error(gain)
+    return Claim(text, mean > 2 * error, f"{mean:+{format}} ± {error:{format}}")
+
+
 def track(items: Iterable[_Item], text: str = "methods") -> Iterator[_Item]:
     """The items one by one, with a progress bar on standard error while they last."""
     import rich.console
@@ -153,4 +171,4 @@ def _with_error(values: Float[np.ndarray, " S"]) -> str:
     form = ".2e" if small else ".3f"
     if values.size < 2:
         return f"{mean:{form}}"
-    return f"{mean:{form}} ± {values.std(ddof=1) / values.size**0.5:{form}}"
+    return f"{mean:{form}} ± {standard_error(values):{form}}"
