@@ -16,13 +16,17 @@ TESTS = Path(__file__).parent
 def environment(devices: int) -> dict[str, str]:
     """This process's environment, with so many virtual CPU devices; programs find the tests.
 
-    Several compute on one thread each: with more, all could wait for each other.
+    Several compute on one thread each and have threads to wait in: with fewer, all could wait for
+    each other (`experiments.shared.runs.spare_threads`).
     """
     flags = os.environ.get("XLA_FLAGS", "")
+    threads = {}
     if devices > 1:
         flags += " --xla_cpu_multi_thread_eigen=false"
+        threads["NPROC"] = str(8 * devices)
     return {
         **os.environ,
+        **threads,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}".strip(),
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),

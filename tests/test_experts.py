@@ -131,7 +131,10 @@ EIGHT_DEVICES = """
                 out["greedy"][name] = bool((greedy(decoder, spread, rows) == text).all())
     frozen = pg.models.quantization.int8(params, targets=["layers/moe/*"])
     adapters = pg.models.lora.init(params, jax.random.key(2), rank=2, alpha=4.0)
-    adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+    # At random: equal numbers would line up the rows, and rounding of the base's weights alone
+    # would then move the gradient by 1e-5.
+    adapters = jax.tree.map(
+        lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), adapters)
 
     def adapted(decoder):
         def loss(adapters, base, tokens):
@@ -164,7 +167,7 @@ def test_experts_on_their_own_devices_change_nothing(eight):
 
 def test_adapters_and_quantised_experts_are_spread_too(eight):
     assert len(eight["adapted"]) == 2
-    np.testing.assert_array_less(list(eight["adapted"].values()), 1e-5)
+    np.testing.assert_array_less(list(eight["adapted"].values()), 5e-6)
 
 
 def test_greedy_text_is_the_same_on_every_mesh(eight):

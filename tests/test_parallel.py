@@ -257,13 +257,14 @@ def test_constrain_batch(eight):
         ({}, False),
     ],
 )
-def test_experiments_run_virtual_devices_on_one_thread_each(monkeypatch, variables, added):
-    for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES"):
+def test_experiments_give_virtual_devices_threads(monkeypatch, variables, added):
+    for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "NPROC"):
         monkeypatch.setenv(name, "")  # restored afterwards, whatever is set in between
         monkeypatch.delenv(name)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    runs.one_thread_per_virtual_device()
+    runs.spare_threads()
     flags = os.environ.get("XLA_FLAGS", "")
     assert ("--xla_cpu_multi_thread_eigen=false" in flags) == added
     assert flags.startswith(variables.get("XLA_FLAGS", ""))
+    assert ("NPROC" in os.environ) == bool(variables)

@@ -254,17 +254,19 @@ def peek(arguments: list[str], flag: str) -> str | None:
     return None
 
 
-def one_thread_per_virtual_device() -> None:
-    """Has XLA compute on one thread for each CPU device, where several were asked for.
+def spare_threads() -> None:
+    """Keeps XLA's threads from all waiting for each other, where several CPU devices are asked for.
 
-    Else all of its threads may wait, some in a collective for devices whose threads wait for parts
-    of a product that no thread is left to compute: the program stands still, and XLA ends it after
-    40 s. Takes effect before the first computation only.
+    A thread waits in a collective until the other devices join it. Where every thread waits, some
+    for parts of a product and some in different collectives, none is left to go on: the program
+    stands still, and XLA ends it after 40 s. So each device computes on one thread, and there are
+    many more threads than devices. Takes effect before the first computation only.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    several = "xla_force_host_platform_device_count" in flags or "JAX_NUM_CPU_DEVICES" in os.environ
-    if several and "xla_cpu_multi_thread_eigen" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+    if "xla_force_host_platform_device_count" in flags or "JAX_NUM_CPU_DEVICES" in os.environ:
+        os.environ.setdefault("NPROC", "64")  # the size of XLA's pool of threads
+        if "xla_cpu_multi_thread_eigen" not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
 
 
 def parse(
@@ -280,7 +282,7 @@ def parse(
     """The config of a command line: a preset's (or the resumed run's) defaults, then the flags."""
     import tyro
 
-    one_thread_per_virtual_device()
+    spare_threads()
 
     default = presets.get(peek(arguments, "--preset") or default_preset, presets[default_preset])
     if "--resume" in arguments:
