@@ -3,22 +3,51 @@
 import importlib.metadata
 import os
 import signal
+import threading
 
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Where in the source an operation came from is asked of no program here.
+os.environ.setdefault("JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS", "0")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_backend_optimization_level" not in flags:
-    flags += " --xla_backend_optimization_level=0"
+    flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 # The older of two code generators compiles twice as fast; other releases may not have the choice,
 # and XLA ends the process over a flag that it does not know.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    flags += " --xla_cpu_use_fusion_emitters=false"
+    flags += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = flags.strip()
 
 # A shell starts what runs in the background with interrupts ignored, and children inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def share_contexts(programs: int = 200) -> None:
+    """Has JAX lower so many programs of a thread in one context of MLIR's, where it can be told to.
+
+    It makes one for each, which takes longer than all else about a small program.
+    """
+    try:
+        from jax._src.interpreters import mlir
+
+        make = mlir.make_ir_context
+    except (ImportError, AttributeError):
+        return
+    shared = threading.local()
+
+    def reuse():
+        if getattr(shared, "left", 0) == 0:
+            shared.context, shared.left = make(), programs
+        shared.left -= 1
+        return shared.context
+
+    mlir.make_ir_context = reuse
+
+
+share_contexts()
 
 
 @pytest.fixture
