@@ -25,8 +25,7 @@ EIGHT_DEVICES = """
             attention_kinds=(pg.models.AttentionKind(window=6), pg.models.AttentionKind()),
             layer_kinds=(0, 1),
         ),
-        "soft caps": config(attention_soft_cap=2.0),
-        "sinks": config(attention_sinks=True),
+        "soft caps and sinks": config(attention_soft_cap=2.0, attention_sinks=True),
         "experts": config(moe=pg.models.MoEConfig(
             num_experts=4, experts_per_token=2, expert_size=8, normalize_weights=True)),
     }
@@ -51,7 +50,7 @@ EIGHT_DEVICES = """
         alone, params = pg.models.init(settings, jax.random.key(0))
         noise = jax.random.key(1)
         params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(noise, x.shape), params)
-        for packed in (False, True) if name in ("plain", "windows") else (False,):
+        for packed in (False, True) if name == "windows" else (False,):
             wanted = jax.tree.map(np.asarray, found(alone, params, tokens, packed))
             for spec in ("sequence=8", "sequence=2,fsdp=2,tensor=2", "sequence=4,expert=2"):
                 if "expert" in spec and settings.moe is None:
@@ -112,7 +111,7 @@ def eight():
 
 def test_split_rows_equal_whole_ones(eight):
     errors = {name: x for name, x in eight.items() if name != "facts"}
-    assert len(errors) == 2 * 2 * 2 + 2 * 2 + 3 + 1
+    assert len(errors) == 2 + 2 * 2 + 2 + 3 + 1
     assert max(errors.values()) < 2e-5, errors
 
 
