@@ -59,7 +59,7 @@ def empty_caches():
 
 
 SLOW_FILES = ("test_experiments_", "test_pretrained_live")
-SLOW_TESTS = ("killed_ten_times",)
+SLOW_TESTS = ("killed_ten_times", "a_quick_run_of_the_experiment")
 WHOLE_PROGRAMS = (
     "test_experts",
     "test_notebooks",

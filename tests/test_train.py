@@ -424,6 +424,25 @@ def finish(process):
     return process.returncode, output
 
 
+@pytest.fixture
+def here(environment, monkeypatch, capfd):
+    """The main job in this process, for what ends before it trains: its exit status and output."""
+    from experiments import grpo_random_calculation
+
+    for name, setting in environment.items():
+        monkeypatch.setenv(name, setting)
+    monkeypatch.chdir(ROOT)
+
+    def call(*arguments):
+        try:
+            code = grpo_random_calculation.main([*arguments])
+        except SystemExit as end:
+            code = end.code
+        return code, "".join(capfd.readouterr())
+
+    return call
+
+
 def test_killed_ten_times_the_run_ends_with_identical_parameters(tmp_path):
     """SIGKILL at random moments: each run ends as the uninterrupted one, every step once."""
     moments = kills.moments(random.Random(0), 10)
@@ -468,17 +487,18 @@ def test_other_objective_and_optimizer_then_ctrl_c_and_resume(environment, tmp_p
         (["--resume", "--out", "nowhere"], "nowhere"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(environment, tmp_path, arguments, message):
+def test_what_is_wrong_is_said_in_one_line(here, tmp_path, arguments, message):
     if "--out" not in arguments:
         arguments = [*TINY, *arguments, "--out", str(tmp_path / "run")]
-    code, output = finish(start(environment, *arguments))
+    code, output = here(*arguments)
     assert code == 2, output
     assert message in output
     assert "Traceback" not in output
 
 
-def test_help_explains_every_field(environment):
-    code, output = finish(start({**environment, "COLUMNS": "200"}, "--help"))
+def test_help_explains_every_field(here, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, output = here("--help")
     assert code == 0
     from experiments.random_calculation import config as main_job
 
