@@ -377,4 +377,4 @@ def test_a_quick_run_of_the_experiment_writes_its_files(tmp_path, capsys):
     for steps in ("100", "0"):
         assert qweb_form.main(["--steps", steps]) == 2
         found = capsys.readouterr().err
-        assert "steps: expected a positive multiple of num_envs times evaluations, 128" in found
+        assert "steps: expected a positive multiple of num_envs times evaluations, 64" in found
