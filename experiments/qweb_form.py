@@ -130,6 +130,7 @@ def learn(
 ) -> Float[Array, " E"]:
     """Success after each part of the training."""
     updates = config.steps // config.num_envs
+    explored = int(0.6 * updates)
     network = agents.Network(
         init=lambda key: qweb.init(
             key,
@@ -163,15 +164,10 @@ def learn(
             batch_size=config.batch_size,
             start_steps=min(1_000, config.steps),
             discount=config.discount,
-            explore_over=int(0.6 * config.steps),
+            explore_over=explored * config.num_envs,
             optimizer=optax.adam(
-                # What is learnt by then is kept: with a rate that stays, single runs lose it again.
-                optax.linear_schedule(
-                    config.learning_rate,
-                    0.0,
-                    transition_steps=updates - int(0.6 * updates),
-                    transition_begin=int(0.6 * updates),
-                )
+                # With a rate that stays, one run in three lost at the end what it had learnt.
+                optax.linear_schedule(config.learning_rate, 0.0, updates - explored, explored)
             ),
         )
 

@@ -44,17 +44,17 @@ def test_what_counts_as_success_on_the_one_step_tasks():
 
 def test_ahead_asks_for_two_standard_errors_of_paired_differences():
     import numpy as np
+    import scipy.stats
 
     from experiments.shared import reproduction
 
-    scipy = pytest.importorskip("scipy.stats")
     rng = np.random.default_rng(0)
     base, noise = rng.normal(size=12), rng.normal(size=12)
     outcomes = set()
     for gain in (0.1, 0.4, 0.6, 2.0):
         other = base + gain + noise
         found = reproduction.ahead("", other, base)
-        assert found.holds == (scipy.ttest_rel(other, base).statistic > 2)
+        assert found.holds == (scipy.stats.ttest_rel(other, base).statistic > 2)
         outcomes.add(found.holds)
     assert outcomes == {False, True}
     assert not reproduction.ahead("", base, base + 2.0 + noise).holds

@@ -1,7 +1,6 @@
 """The planner, on a model small enough to count by hand."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -36,7 +35,7 @@ def planned(directory, mesh, rows, model=LLAMA):
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "experiments.plan", *arguments],
-        cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "training step: fits" in done.stdout and "decoding step: fits" in done.stdout

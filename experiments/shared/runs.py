@@ -260,7 +260,7 @@ def spare_threads() -> None:
     A thread waits in a collective until the other devices join it. Where every thread waits, some
     for parts of a product and some in different collectives, none is left to go on: the program
     stands still, and XLA ends it after 40 s. So each device computes on one thread, and there are
-    many more threads than devices. Takes effect before the first computation only.
+    64 threads, many for eight devices. Takes effect before the first computation only.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" in flags or "JAX_NUM_CPU_DEVICES" in os.environ:
