@@ -108,6 +108,24 @@ def test_moments_are_of_all_kinds_and_repeat():
     assert len(made) == 50 and min(counts) >= 16
 
 
+def test_a_start_that_outlasts_the_run_is_shortened(tmp_path):
+    class Ends:
+        """A sitting that ends by itself, after so many looks."""
+
+        def __init__(self, looks):
+            self.looks = looks
+
+        def running(self):
+            self.looks -= 1
+            return self.looks > 0
+
+    watch, moment = kills.Watch(), kills.Moment("start", 0, 1.0)
+    watch.start_seconds = 600.0  # as after a pause of the whole machine
+    assert not watch.wait(Ends(4), kills.Files(tmp_path), moment)
+    assert watch.start_seconds < 1
+    assert watch.wait(Ends(1000), kills.Files(tmp_path), moment)
+
+
 def test_lost_steps_and_too_early_starts_are_seen(tmp_path):
     tally = kills.Tally(1)
     run = kills._Run(tmp_path / "run", tally)
