@@ -181,8 +181,9 @@ def ppo(
     net = actor_critic(env) if network is None else network
     if optimizer is None:
         rate = on_policy.annealed(learning_rate, anneal_over, num_epochs * num_minibatches)
-        optimizer = optax.chain(
-            optax.clip_by_global_norm(max_gradient_norm), optax.adam(rate, eps=1e-5)
+        # One vector: a handful of small arrays would be a kernel each, many times an update.
+        optimizer = optax.flatten(
+            optax.chain(optax.clip_by_global_norm(max_gradient_norm), optax.adam(rate, eps=1e-5))
         )
     adam = optimizer
 
@@ -237,14 +238,14 @@ def ppo(
         keys = jax.random.split(jax.random.fold_in(epoch_key, 0), len(parts))
         begun = (state.params, state.opt_state)
         if max_kl is None:
-            carry, stacked = jax.lax.scan(minibatch, begun, (parts, keys))
-            metrics = {name: x.mean() for name, x in stacked.items()}
+            carry, metrics = on_policy.scan_mean(minibatch, begun, (parts, keys))
         else:
             carry, metrics = on_policy.scan_until(
                 minibatch, begun, (parts, keys), lambda found: found["kl"] > max_kl
             )
         metrics["explained_variance"] = on_policy.explained_variance(batch.value, batch.target)
-        state = on_policy.State(*carry, running, key, state.updates + 1)
+        params, opt_state = carry
+        state = on_policy.State(params, opt_state, running, key, state.updates + 1)
         return state, metrics | on_policy.finished(episodes)
 
     return Agent(init, update, on_policy.greedy(net), size)
