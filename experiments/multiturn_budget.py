@@ -59,6 +59,8 @@ class Config:
     """Of Adam, in both phases."""
     seeds: int = 5
     """Independent runs."""
+    first_seed: int = 0
+    """The others follow it."""
     out: pathlib.Path = pathlib.Path("runs/multiturn_budget")
     """Directory for results."""
     quick: bool = False
@@ -127,7 +129,8 @@ def train(config: Config) -> dict[str, np.ndarray]:
             for when, params in ((", demonstrations only", shown), ("", state.params))
         }
 
-    keys = jax.vmap(jax.random.key)(jnp.arange(2 if config.quick else config.seeds))
+    seeds = config.first_seed + jnp.arange(2 if config.quick else config.seeds)
+    keys = jax.vmap(jax.random.key)(seeds)
     found = []
     for bought, updates in reproduction.track(splits, "shares"):
         updates = min(int(updates), 2) if config.quick else int(updates)
