@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pgjax import _checks
+from pgjax import _checks, segments
 
 
 def finite_part(values: Any, where: Any = None) -> tuple[Array, Array, Array]:
@@ -28,21 +27,13 @@ def finite_part(values: Any, where: Any = None) -> tuple[Array, Array, Array]:
 def deviations_and_std(x: Array, counted: Array, ddof: int) -> tuple[Array, Array]:
     """`x - mean` in the shape of `x`, and the standard deviation, over all counted entries.
 
-    Both are exactly 0 where the counted entries are equal; the spread also where at most `ddof` of
-    them count. As `segments.deviations` and `segments.std` with one segment, without the scatters
-    that many segments need.
+    Both are exactly 0 where the counted entries are equal.
     """
-    low = jax.lax.stop_gradient(jnp.min(jnp.where(counted, x, jnp.inf), initial=jnp.inf))
-    x = x - jnp.where(low == jnp.inf, 0.0, low)
-    n = jnp.sum(counted.astype(x.dtype))
-    deviation = x - jnp.sum(jnp.where(counted, x, 0.0)) / jnp.maximum(n, 1.0)
-    inside = jnp.where(counted, deviation, 0.0)
-    # Squares of the deviations themselves may overflow or vanish.
-    scale = jax.lax.stop_gradient(jnp.max(jnp.abs(inside), initial=0.0))
-    scale = jnp.where(scale > 0, scale, 1.0)
-    square = jnp.sum((inside / scale) ** 2) / jnp.maximum(n - ddof, 1.0)
-    positive = (square > 0) & (n > ddof)
-    return deviation, jnp.where(positive, scale * jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
+    flat, ids = x.reshape(-1), jnp.zeros(x.size, jnp.int32)
+    where = counted.reshape(-1)
+    deviation = segments.deviations(flat, ids, num_segments=1, where=where)
+    spread = segments.std(flat, ids, num_segments=1, ddof=ddof, where=where)
+    return deviation.reshape(x.shape), spread[0]
 
 
 def divided(deviation: Array, spread: Array, scale: Array) -> Array:

@@ -112,21 +112,6 @@ def minibatches(
     return orders.reshape(num_epochs * num_minibatches, size // num_minibatches)
 
 
-def scan_mean(
-    step: Callable[[Any, Any], tuple[Any, Metrics]], carry: Any, given: Any
-) -> tuple[Any, Metrics]:
-    """`jax.lax.scan`, and the means of the steps' metrics."""
-    first = jax.tree.map(lambda x: x[0], given)
-    names = tuple(jax.eval_shape(step, carry, first)[1])
-
-    def one(carry: Any, now: Any) -> tuple[Any, Array]:
-        carry, metrics = step(carry, now)
-        return carry, jnp.stack([metrics[name] for name in names])  # written at once
-
-    carry, stacked = jax.lax.scan(one, carry, given)
-    return carry, dict(zip(names, stacked.mean(0), strict=True))
-
-
 def scan_until(
     step: Callable[[Any, Any], tuple[Any, Metrics]],
     carry: Any,

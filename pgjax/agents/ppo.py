@@ -238,14 +238,14 @@ def ppo(
         keys = jax.random.split(jax.random.fold_in(epoch_key, 0), len(parts))
         begun = (state.params, state.opt_state)
         if max_kl is None:
-            carry, metrics = on_policy.scan_mean(minibatch, begun, (parts, keys))
+            carry, stacked = jax.lax.scan(minibatch, begun, (parts, keys))
+            metrics = {name: x.mean() for name, x in stacked.items()}
         else:
             carry, metrics = on_policy.scan_until(
                 minibatch, begun, (parts, keys), lambda found: found["kl"] > max_kl
             )
         metrics["explained_variance"] = on_policy.explained_variance(batch.value, batch.target)
-        params, opt_state = carry
-        state = on_policy.State(params, opt_state, running, key, state.updates + 1)
+        state = on_policy.State(*carry, running, key, state.updates + 1)
         return state, metrics | on_policy.finished(episodes)
 
     return Agent(init, update, on_policy.greedy(net), size)

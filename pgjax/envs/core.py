@@ -90,14 +90,10 @@ def step_or_reset(
       the step; the next state; its observation. The last two are those of the step, or of a reset
       where it terminated or truncated the episode.
     """
-    return advance(env, jax.random.split(key), state, action)
-
-
-def advance(env: Environment, keys: PRNGKeyArray, state: Any, action: Any) -> tuple[Step, Any, Any]:
-    """`step_or_reset` with the keys, `[2]`, of the step and of the reset that may follow it."""
-    step = env.step(keys[0], state, action)
+    step_key, reset_key = jax.random.split(key)
+    step = env.step(step_key, state, action)
     ended = step.terminated | step.truncated
-    fresh = env.reset(keys[1])
+    fresh = env.reset(reset_key)
     state, observation = jax.tree.map(
         lambda new, old: jnp.where(ended, new, old), fresh, (step.state, step.observation)
     )

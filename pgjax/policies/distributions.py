@@ -40,11 +40,7 @@ def categorical() -> Distribution:
 
     def log_prob(logits: Float[Array, "*B A"], action: Int[Array, "*B"]) -> Float[Array, "*B"]:
         every = jax.nn.log_softmax(_float(logits))
-        # A sum over one entry becomes part of the loops around it; a gather, whose gradient is a
-        # scatter, does not.
-        number = every.shape[-1]
-        found = jnp.sum(jnp.where(jnp.arange(number) == action[..., None], every, 0.0), axis=-1)
-        return jnp.where((action >= 0) & (action < number), found, jnp.nan)
+        return jnp.take_along_axis(every, action[..., None], axis=-1)[..., 0]
 
     def entropy(logits: Float[Array, "*B A"]) -> Float[Array, "*B"]:
         every = jax.nn.log_softmax(_float(logits))

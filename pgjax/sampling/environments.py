@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from pgjax import _checks
-from pgjax.envs.core import Environment, advance
+from pgjax.envs.core import Environment, step_or_reset
 from pgjax.types import Transition
 
 
@@ -96,12 +96,10 @@ def unroll_environments(
     """
     _checks.in_range("num_steps", num_steps, 1)
     num_envs = running.returns.shape[0]
-    many = jax.vmap(functools.partial(advance, env))
+    many = jax.vmap(functools.partial(step_or_reset, env))
     # All at once: many small calls of the generator, one after the other, cost more than the steps.
     act_key, env_key = jax.random.split(key)
-    env_keys = jax.random.split(env_key, (num_steps, num_envs))
-    env_keys = jax.vmap(jax.vmap(jax.random.split))(env_keys)
-    keys = jax.random.split(act_key, num_steps), env_keys
+    keys = jax.random.split(act_key, num_steps), jax.random.split(env_key, (num_steps, num_envs))
 
     def one(running: Running, keys: Any) -> tuple[Running, tuple[Transition, Episodes]]:
         act_key, env_keys = keys
