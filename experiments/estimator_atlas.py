@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Array
 
 import pgjax as pg
-from experiments.shared import runs
+from experiments.shared import command_line, runs
 from pgjax.diagnostics import lab_figure, laboratory, problems
 
 LENGTH = 3
@@ -318,11 +318,8 @@ def numbers(report: laboratory.EstimatorReport) -> dict[str, float | None]:
 
 def main(arguments: list[str] | None = None) -> int:
     import rich
-    import tyro
 
-    config = tyro.cli(
-        Config, args=arguments, prog="python -m experiments.estimator_atlas", description=__doc__
-    )
+    config = command_line.parse(Config, "estimator_atlas", description=__doc__, arguments=arguments)
     started = time.perf_counter()
     try:
         with jax.enable_x64(True):

@@ -17,7 +17,7 @@ import pathlib
 import sys
 from typing import Any, Literal
 
-from experiments.shared import runs
+from experiments.shared import command_line, runs
 from experiments.shared.objectives import ObjectiveName
 from experiments.shared.optimizers import OptimizerName
 
@@ -156,12 +156,8 @@ def plan(config: Config) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Plans from the command line."""
-    import tyro
-
     arguments = sys.argv[1:] if arguments is None else arguments
-    config = tyro.cli(
-        Config, args=arguments, prog="python -m experiments.plan", description=__doc__
-    )
+    config = command_line.parse(Config, "plan", description=__doc__, arguments=arguments)
     try:
         devices = math.prod(check(config).values())
         # Before the first computation, which settles how many devices there are.

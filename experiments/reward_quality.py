@@ -19,6 +19,7 @@ import numpy as np
 import pgjax as pg
 from experiments.random_calculation import config as main_job
 from experiments.random_calculation.run import run
+from experiments.shared import command_line
 
 ACCURATE: tuple[main_job.RewardName, ...] = ("exact", "continuous")
 SPURIOUS: tuple[main_job.RewardName, ...] = ("random", "inverted", "majority_incorrect")
@@ -82,11 +83,8 @@ def verdict(before: np.ndarray, after: dict[str, np.ndarray]) -> dict[str, bool]
 
 def main(arguments: list[str] | None = None) -> int:
     import rich
-    import tyro
 
-    config = tyro.cli(
-        Config, args=arguments, prog="python -m experiments.reward_quality", description=__doc__
-    )
+    config = command_line.parse(Config, "reward_quality", description=__doc__, arguments=arguments)
     rewards = ACCURATE + SPURIOUS
     before = np.zeros(config.seeds)
     after: dict[str, np.ndarray] = {name: np.zeros(config.seeds) for name in rewards}

@@ -249,15 +249,21 @@ def test_constrain_batch(eight):
 
 
 @pytest.mark.parametrize(
-    ("variables", "added"),
+    ("variables", "added", "threads"),
     [
-        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}, True),
-        ({"JAX_NUM_CPU_DEVICES": "4"}, True),
-        ({"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=true", "JAX_NUM_CPU_DEVICES": "4"}, False),
-        ({}, False),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}, True, "64"),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=32"}, True, "256"),
+        ({"JAX_NUM_CPU_DEVICES": "4"}, True, "64"),
+        (
+            {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=true", "JAX_NUM_CPU_DEVICES": "4"},
+            False,
+            "64",
+        ),
+        ({"JAX_NUM_CPU_DEVICES": "4", "NPROC": "100"}, True, "100"),
+        ({}, False, None),
     ],
 )
-def test_experiments_give_virtual_devices_threads(monkeypatch, variables, added):
+def test_experiments_give_virtual_devices_threads(monkeypatch, variables, added, threads):
     for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "NPROC"):
         monkeypatch.setenv(name, "")  # restored afterwards, whatever is set in between
         monkeypatch.delenv(name)
@@ -267,4 +273,4 @@ def test_experiments_give_virtual_devices_threads(monkeypatch, variables, added)
     flags = os.environ.get("XLA_FLAGS", "")
     assert ("--xla_cpu_multi_thread_eigen=false" in flags) == added
     assert flags.startswith(variables.get("XLA_FLAGS", ""))
-    assert ("NPROC" in os.environ) == bool(variables)
+    assert os.environ.get("NPROC") == threads

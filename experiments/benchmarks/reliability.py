@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import pgjax as pg
-from experiments.shared import kills, reproduction, runs, torture
+from experiments.shared import command_line, kills, reproduction, runs, torture
 from experiments.shared.reproduction import Claim
 
 MEMORY_LIMIT = 64 << 20  # bytes by which a step may seem to grow this process
@@ -175,14 +175,10 @@ def run_torture(config: Config) -> list[torture.Outcome]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     import rich.markup
-    import tyro
 
     try:
-        config = tyro.cli(
-            Config,
-            args=arguments,
-            prog="python -m experiments.benchmarks.reliability",
-            description=__doc__,
+        config = command_line.parse(
+            Config, "benchmarks.reliability", description=__doc__, arguments=arguments
         )
         config.out.mkdir(parents=True, exist_ok=True)
         found: dict[str, Any] = {"config": dataclasses.asdict(config)}

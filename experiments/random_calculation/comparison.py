@@ -24,7 +24,7 @@ import pgjax as pg
 from experiments.random_calculation import config as main_job
 from experiments.random_calculation import run as job
 from experiments.random_calculation.comparison_report import Curve, report
-from experiments.shared import runs
+from experiments.shared import command_line, runs
 
 SEARCH_SEED = 1000
 SMALL = main_job.Model(hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=4, mlp_size=256)
@@ -238,16 +238,10 @@ def main(
     arguments: list[str] | None,
 ) -> int:
     """Compares, prints a table and draws a figure; says what went wrong, or how to go on."""
-    import tyro
-
     arguments = sys.argv[1:] if arguments is None else arguments
     default = presets.get(runs.peek(arguments, "--preset") or "cpu", presets["cpu"])
-    config = tyro.cli(
-        type(default),
-        args=arguments,
-        default=default,
-        prog=f"python -m experiments.{program}",
-        description=description,
+    config = command_line.parse(
+        type(default), program, description=description, arguments=arguments, default=default
     )
     try:
         this = contest(config)

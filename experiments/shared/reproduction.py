@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -12,7 +13,9 @@ import numpy as np
 from jaxtyping import Float
 
 import pgjax as pg
-from experiments.shared import runs
+from experiments.shared import command_line, runs
+
+SECONDS_BETWEEN_LINES = 30.0  # of progress, in a log
 
 _Config = TypeVar("_Config")
 _Item = TypeVar("_Item")
@@ -86,13 +89,29 @@ def ahead(
 
 
 def track(items: Iterable[_Item], text: str = "methods") -> Iterator[_Item]:
-    """The items one by one, with a progress bar on standard error while they last."""
+    """The items one by one, with a progress bar on standard error while they last.
+
+    Where that is no terminal, a line says how many are done, at most one in half a minute.
+    """
     import rich.console
     import rich.progress
 
     todo = list(items)
     console = rich.console.Console(stderr=True)
-    yield from rich.progress.track(todo, text, console=console, transient=True)
+    if console.is_terminal:
+        yield from rich.progress.track(todo, text, console=console, transient=True)
+        return
+    start = said = time.monotonic()
+    for done, item in enumerate(todo, 1):
+        yield item
+        now = time.monotonic()
+        if now - said >= SECONDS_BETWEEN_LINES:
+            print(
+                f"{text}: {done} of {len(todo)} done after {now - start:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+            said = now
 
 
 def main(
@@ -115,13 +134,9 @@ def main(
       part: names a directory below `out`, for experiments of several parts.
     """
     import rich
-    import tyro
 
-    config: Any = tyro.cli(
-        config_class,
-        args=arguments,
-        prog=f"python -m experiments.{name}",
-        description=description,
+    config: Any = command_line.parse(
+        config_class, name, description=description, arguments=arguments
     )
     try:
         found = run(config)

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import pgjax as pg
+from experiments.shared import command_line
 
 _Config = TypeVar("_Config")
 
@@ -260,11 +262,14 @@ def spare_threads() -> None:
     A thread waits in a collective until the other devices join it. Where every thread waits, some
     for parts of a product and some in different collectives, none is left to go on: the program
     stands still, and XLA ends it after 40 s. So each device computes on one thread, and there are
-    64 threads, many for eight devices. Takes effect before the first computation only.
+    eight threads for each, 64 at least. Takes effect before the first computation only.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" in flags or "JAX_NUM_CPU_DEVICES" in os.environ:
-        os.environ.setdefault("NPROC", "64")  # the size of XLA's pool of threads
+    asked = re.search(r"xla_force_host_platform_device_count=(\d+)", flags)
+    devices = asked[1] if asked else os.environ.get("JAX_NUM_CPU_DEVICES", "")
+    if devices.isdecimal():
+        threads = max(64, 8 * int(devices))
+        os.environ.setdefault("NPROC", str(threads))  # the size of XLA's pool of threads
         if "xla_cpu_multi_thread_eigen" not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
 
@@ -280,8 +285,6 @@ def parse(
     description: str | None,
 ) -> _Config:
     """The config of a command line: a preset's (or the resumed run's) defaults, then the flags."""
-    import tyro
-
     spare_threads()
 
     default = presets.get(peek(arguments, "--preset") or default_preset, presets[default_preset])
@@ -290,10 +293,6 @@ def parse(
         directory = pathlib.Path(out) if out else newest_run(root)
         changes: dict[str, Any] = {"out": directory, "resume": True}
         default = dataclasses.replace(load_config(cls, directory), **changes)  # type: ignore[type-var]
-    return tyro.cli(
-        cls,
-        args=arguments,
-        default=default,
-        prog=f"python -m experiments.{program}",
-        description=description,
+    return command_line.parse(
+        cls, program, description=description, arguments=arguments, default=default
     )
