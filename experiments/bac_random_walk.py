@@ -228,8 +228,7 @@ def claims(table: dict[str, dict[str, Any]], sizes: tuple[int, ...]) -> list[rep
     ratios = [table[BAC][f"error, {m}"].mean() / table[TO_GO][f"error, {m}"].mean() for m in sizes]
     gains = [table[BAC][f"cosine, {m}"] - table[TO_GO][f"cosine, {m}"] for m in sizes]
     seen = ", ".join(
-        f"{g.mean():+.2f} ± {g.std(ddof=1) / g.size**0.5:.2f} ({m})"
-        for g, m in zip(gains, sizes, strict=True)
+        f"{reproduction.with_error(g, '+.2f')} ({m})" for g, m in zip(gains, sizes, strict=True)
     )
     return [
         reproduction.Claim(

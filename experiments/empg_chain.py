@@ -207,11 +207,10 @@ def fewer_updates(chain: str, found: dict[str, Float[np.ndarray, "S Q"]]) -> rep
     """EMPG against GRPO, seed by seed."""
     ratio = mean_updates(found["EMPG"]) / mean_updates(found["GRPO"])
     fewer, seeds = int(np.sum(ratio < 1)), len(ratio)
-    error = ratio.std(ddof=1) / seeds**0.5
     return reproduction.Claim(
         f"{chain}: at equal largest KL EMPG needs fewer updates than GRPO for 70% of the seeds",
         fewer >= 0.7 * seeds,
-        f"{fewer} of {seeds}, {ratio.mean():.3f} ± {error:.3f} of GRPO's",
+        f"{fewer} of {seeds}, {reproduction.with_error(ratio, '.3f')} of GRPO's",
     )
 
 

@@ -272,7 +272,7 @@ def _weight_claim(pairs: dict[float, dict[str, OnPolicy]], config: Config) -> re
         return reproduction.Claim(text, False, "it never learnt")
     arms = pairs[max(learning)]
     difference = np.subtract(*(arms[arm].curves["reward"][:, -1] for arm in ON_POLICY))
-    error = difference.std(ddof=1) / difference.size**0.5
+    error = reproduction.standard_error(difference)
     seen = f"at noise {max(learning):g}: {difference.mean():+.3f} ± {error:.3f}"
     return reproduction.Claim(text, bool(difference.mean() > 2 * error), seen)
 

@@ -137,7 +137,7 @@ def run(config: Config) -> reproduction.Findings:
             "measured, not claimed: error at β=0.2 less GPTQ's, and the best β, on other inputs",
             True,
             "; ".join(
-                f"{name} {gain.mean():+.3f} ± {gain.std(ddof=1) / seeds**0.5:.3f}, "
+                f"{name} {reproduction.with_error(gain, '+.3f')}, "
                 f"{config.betas[int(np.argmin(curves[name].mean(0)))]:g}"
                 for name, gain in gains.items()
             ),

@@ -172,11 +172,6 @@ def errors_by_loss(config: Config, heavy: bool) -> dict[str, Float[np.ndarray, "
     return found
 
 
-def error(x: Float[np.ndarray, " S"]) -> float:
-    """Standard error of the mean."""
-    return float(x.std(ddof=1) / len(x) ** 0.5)
-
-
 def run(config: Config) -> reproduction.Findings:
     """Shapes, then chains with both kinds of noise."""
     if config.quick:
@@ -201,14 +196,14 @@ def run(config: Config) -> reproduction.Findings:
         found = errors_by_loss(config, noise == HEAVY)
         table |= {f"{noise}: {name}": {"value error": x} for name, x in found.items()}
         gaps = {name: found[LINEAR] - found[name] for name in (SQUARED, BIV)}
-        seen = ", ".join(f"{x.mean():+.4f} ± {error(x):.4f} from {k}" for k, x in gaps.items())
+        seen = ", ".join(f"{reproduction.with_error(x)} from {k}" for k, x in gaps.items())
         if noise == HEAVY:
             text = "GGD-TD's error is two standard errors below either baseline's"
-            holds = all(x.mean() < -2 * error(x) for x in gaps.values())
+            holds = all(x.mean() < -2 * reproduction.standard_error(x) for x in gaps.values())
         else:
             text = "GGD-TD's error is within two standard errors of the best baseline's"
             best = min(gaps, key=lambda name: found[name].mean())
-            holds = bool(gaps[best].mean() <= 2 * error(gaps[best]))
+            holds = bool(gaps[best].mean() <= 2 * reproduction.standard_error(gaps[best]))
         claims.append(reproduction.Claim(f"{noise}: {text}", holds, seen))
     return reproduction.Findings(
         title="Root mean square errors of values, and shapes of noise", table=table, claims=claims

@@ -287,7 +287,7 @@ def claims(table: Table) -> list[reproduction.Claim]:
 def exceeds(text: str, table: Table, rival: str, column: str) -> reproduction.Claim:
     """HPT is above by two standard errors of the differences over seeds."""
     ours, theirs = table["HPT"][column], table[rival][column]
-    lead, error = (ours - theirs).mean(), (ours - theirs).std(ddof=1) / len(ours) ** 0.5
+    lead, error = (ours - theirs).mean(), reproduction.standard_error(ours - theirs)
     seen = f"{ours.mean():.3f}, {rival} {theirs.mean():.3f}, lead {lead:.3f} ± {error:.3f}"
     return reproduction.Claim(text, bool(lead > 2 * error), seen)
 

@@ -235,7 +235,12 @@ def claims(short: dict[float, Any], long: dict[float, Any]) -> list[reproduction
         for name, x in found.items()
         if name != MSTDE
     }
-    errors = [error(found[name]) for found in short.values() for name in found if name != MSTDE]
+    errors = [
+        reproduction.standard_error(found[name])
+        for found in short.values()
+        for name in found
+        if name != MSTDE
+    ]
     worst = max(right, key=lambda key: abs(right[key]))
     steps = np.array(sorted(long))
     bias = np.array([long[dt][CLSTD].mean() - TRUTH for dt in steps])
@@ -272,14 +277,9 @@ def claims(short: dict[float, Any], long: dict[float, Any]) -> list[reproduction
     ]
 
 
-def error(x: Float[np.ndarray, " S"]) -> float:
-    """Standard error of the mean over seeds."""
-    return float(x.std(ddof=1) / x.size**0.5)
-
-
 def away(x: Float[np.ndarray, " S"], wanted: float) -> float:
     """How many standard errors the mean over seeds is from a number."""
-    return float((x.mean() - wanted) / error(x))
+    return float((x.mean() - wanted) / reproduction.standard_error(x))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -312,7 +312,7 @@ def run(config: Config) -> reproduction.Findings:
     claims = list(_variance_claims(config, found))
     per_seed = {name: x.mean(0) for name, x in lost.items()}
     difference = per_seed["constant"] - per_seed["SNR"]
-    error = difference.std(ddof=1) / len(difference) ** 0.5
+    error = reproduction.standard_error(difference)
     reach = {name: x.mean() for name, x in reached.items()}
     claims.append(
         reproduction.Claim(
@@ -381,7 +381,7 @@ def _variance_claims(config: Config, found: Any) -> Any:
         ),
     ):
         ratio = found[key][method] / found[key][other]
-        error = ratio.std(ddof=1) / len(ratio) ** 0.5
+        error = reproduction.standard_error(ratio)
         yield reproduction.Claim(
             f"{text}: the variance is below that of the {other}",
             bool(ratio.mean() + 2 * error < 1),

@@ -169,7 +169,7 @@ def interval(values: Float[np.ndarray, " S"]) -> float:
     """Half of a 95% interval of the mean, by Student's distribution."""
     import scipy.stats
 
-    error = values.std(ddof=1) / len(values) ** 0.5
+    error = reproduction.standard_error(values)
     return float(scipy.stats.t.ppf(0.975, len(values) - 1) * error)
 
 

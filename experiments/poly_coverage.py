@@ -139,7 +139,7 @@ def claims(table: dict[str, dict[str, Any]], bonuses: list[str]) -> list[reprodu
     inside = wide.min() <= reached <= wide.max()
     frontier = float(np.interp(reached, wide[order], single[order]))
     mine = sets["pass@1"]
-    error = float(np.std(mine, ddof=1)) / len(mine) ** 0.5
+    error = reproduction.standard_error(mine)
     return [
         gain,
         reproduction.Claim(

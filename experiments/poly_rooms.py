@@ -351,7 +351,7 @@ def claims(table: dict[str, dict[str, Any]]) -> list[reproduction.Claim]:
     result = []
     for column in MEASURES[1:]:
         gain = poly[column] - ppo[column]
-        error = float(gain.std(ddof=1)) / len(gain) ** 0.5
+        error = reproduction.standard_error(gain)
         result.append(
             reproduction.Claim(
                 f"{column}: Poly-PPO is better than PPO",

@@ -233,7 +233,7 @@ def against(
     """The paired ratio of a column, geometric means over settings, then over seeds."""
     ours, theirs = (np.maximum(found[name][column], 1e-9) for name in (PROPS, than))
     ratio = np.log(ours / theirs).mean(0)
-    mean, error = float(ratio.mean()), float(ratio.std(ddof=1) / len(ratio) ** 0.5)
+    mean, error = float(ratio.mean()), reproduction.standard_error(ratio)
     return reproduction.Claim(
         f"PROPS {text} {than}, by more than two standard errors",
         mean < -2 * error,

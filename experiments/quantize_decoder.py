@@ -243,15 +243,12 @@ def run(config: Config) -> reproduction.Findings:
                 sizes[bits] = (found.bytes_before, found.bytes_after)
                 table.setdefault(name, {}).setdefault(column, []).append(value)
     rows_found = {n: {c: np.array(v) for c, v in row.items()} for n, row in table.items()}
-    claims = [
-        reproduction.Claim(
-            f"GPTQ is better than plain rounding at {bits} bits",
-            float(np.mean(_ratio(rows_found, "GPTQ", "plain rounding", bits))) < 0,
-            f"log-perplexity {_spread(_ratio(rows_found, 'GPTQ', 'plain rounding', bits))}",
-        )
-        for bits in config.bits
-        if bits < 4
-    ]
+    claims = []
+    for bits in filter(lambda bits: bits < 4, config.bits):
+        lead = _ratio(rows_found, "GPTQ", "plain rounding", bits)
+        text = f"GPTQ is better than plain rounding at {bits} bits"
+        seen = f"log-perplexity {reproduction.with_error(lead)}"
+        claims.append(reproduction.Claim(text, bool(lead.mean() < 0), seen))
     claims += [
         reproduction.Claim(
             "packed matrices take the bytes of their bits, scales and zero points",
@@ -275,9 +272,10 @@ def run(config: Config) -> reproduction.Findings:
         ("QuantLRM", "plain rounding"),
         ("QuantLRM", "AWQ"),
     ):
-        seen = [f"{b} bits {_spread(_ratio(rows_found, name, other, b))}" for b in config.bits]
+        leads = {bits: _ratio(rows_found, name, other, bits) for bits in config.bits}
         text = f"measured, not claimed: log-perplexity of {name} less that of {other}"
-        claims.append(reproduction.Claim(text, True, ", ".join(seen)))
+        seen = ", ".join(f"{b} bits {reproduction.with_error(x)}" for b, x in leads.items())
+        claims.append(reproduction.Claim(text, True, seen))
     panels = {
         "log of perplexity over the unquantised model's": {
             name: reproduction.band(
@@ -300,10 +298,6 @@ def run(config: Config) -> reproduction.Findings:
 def _ratio(rows: dict[str, dict[str, np.ndarray]], name: str, other: str, bits: int) -> np.ndarray:
     column = f"perplexity, {bits} bits"
     return np.log(rows[name][column]) - np.log(rows[other][column])
-
-
-def _spread(values: np.ndarray) -> str:
-    return f"{values.mean():+.4f} ± {values.std(ddof=1) / len(values) ** 0.5:.4f}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -222,7 +222,7 @@ def run(config: Config) -> reproduction.Findings:
         reproduction.Claim(
             "measured, not claimed: held-out accuracy over plain rounding's",
             True,
-            ", ".join(f"{name} {_signed(gain)}" for name, gain in gains.items()),
+            ", ".join(f"{name} {reproduction.with_error(gain)}" for name, gain in gains.items()),
         ),
         reproduction.Claim(
             "measured, not claimed: correlation of the two importances in the first layer",
@@ -243,10 +243,6 @@ def run(config: Config) -> reproduction.Findings:
         },
         x_label="seed",
     )
-
-
-def _signed(values: Float[np.ndarray, " S"]) -> str:
-    return f"{values.mean():+.4f} ± {values.std(ddof=1) / len(values) ** 0.5:.4f}"
 
 
 def main(arguments: list[str] | None = None) -> int:

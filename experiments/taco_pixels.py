@@ -142,11 +142,6 @@ def learnt(config: Config, env: envs.Environment, weights: Array, seed: Array) -
     return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
 
 
-def error(x: Float[np.ndarray, " S"]) -> float:
-    """Standard error of the mean."""
-    return float(x.std(ddof=1) / len(x) ** 0.5)
-
-
 def run(config: Config) -> reproduction.Findings:
     """All agents."""
     if config.quick:
@@ -171,8 +166,8 @@ def run(config: Config) -> reproduction.Findings:
         claims=[
             reproduction.Claim(
                 f"R² of {b} is above that of {a} by a standard error",
-                bool(gain.mean() > error(gain)),
-                f"{gain.mean():+.3f} ± {error(gain):.3f}",
+                bool(gain.mean() > reproduction.standard_error(gain)),
+                reproduction.with_error(gain, "+.3f"),
             )
             for (a, b), gain in zip(((PLAIN, CURL), (CURL, TACO)), gains, strict=True)
         ]

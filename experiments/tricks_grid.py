@@ -283,7 +283,7 @@ def claims(found: Callable[[str, str], dict[str, Any]]) -> list[reproduction.Cla
     result = []
     for mix, other in itertools.product(("hard", "hard, tail"), ("GRPO", "DAPO")):
         gain = found(mix, LITE)["accuracy"] - found(mix, other)["accuracy"]
-        error = float(gain.std(ddof=1)) / len(gain) ** 0.5
+        error = reproduction.standard_error(gain)
         result.append(
             reproduction.Claim(
                 f"{mix}: Lite PPO's final accuracy is within noise of or above {other}'s",
@@ -295,7 +295,7 @@ def claims(found: Callable[[str, str], dict[str, Any]]) -> list[reproduction.Cla
         found("easy, tail", name)["gradient norm p99"] for name in (LITE, "group/group")
     )
     gain = group - batch
-    error = float(gain.std(ddof=1)) / len(gain) ** 0.5
+    error = reproduction.standard_error(gain)
     result.append(
         reproduction.Claim(
             "easy, tail: 99th percentile of the gradient norm is lower with the batch's deviation",

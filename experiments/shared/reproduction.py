@@ -75,6 +75,11 @@ def standard_error(values: Float[np.ndarray, " S"]) -> float:
     return float(values.std(ddof=1) / values.size**0.5)
 
 
+def with_error(values: Float[np.ndarray, " S"], format: str = "+.4f") -> str:
+    """The mean over seeds and its standard error, in words."""
+    return f"{values.mean():{format}} ± {standard_error(values):{format.lstrip('+')}}"
+
+
 def ahead(
     text: str,
     one: Float[np.ndarray, " S"],
@@ -84,8 +89,8 @@ def ahead(
 ) -> Claim:
     """The difference, paired by seed, is above 0 by more than two standard errors of its mean."""
     gain = one - other
-    mean, error = float(gain.mean()), standard_error(gain)
-    return Claim(text, mean > 2 * error, f"{mean:+{format}} ± {error:{format}}")
+    holds = bool(gain.mean() > 2 * standard_error(gain))
+    return Claim(text, holds, with_error(gain, f"+{format}"))
 
 
 def track(items: Iterable[_Item], text: str = "methods") -> Iterator[_Item]:
