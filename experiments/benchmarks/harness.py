@@ -51,6 +51,27 @@ def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms"
 
 
+def rate(count: int, unit: str) -> Callable[[float], str]:
+    """Shows the seconds that `count` of something take as so many a second."""
+    return lambda seconds: f"{count / seconds:,.0f} {unit}/s"
+
+
+def paired(
+    name: str,
+    peer: str,
+    ours: Callable[[], Any],
+    theirs: Callable[[], Any],
+    *,
+    runs: int,
+    shown: Callable[[float], str],
+    max_abs_error: float | None = None,
+    limit: float | None = None,
+) -> Row:
+    """The row of two callables that run in turn, their median seconds as `shown` puts them."""
+    mine, other, ratio = paired_seconds(ours, theirs, runs=runs)
+    return Row(name, peer, shown(mine), shown(other), ratio, max_abs_error, limit)
+
+
 def table(rows: list[Row]) -> str:
     """The rows as aligned text; needs nothing but the standard library."""
     header = ("what", "ours", "peer", "theirs", "ratio", "limit", "max |difference|")

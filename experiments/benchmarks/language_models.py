@@ -2,10 +2,10 @@
 
 With torch and transformers installed the same weights generate and train in both, in turn, in one
 run; times are ratios (ours / theirs, below 1 is faster). Beside the matrix products of decoding
-alone, which none can do without, the ratio is above 1: what is left to gain. On an accelerator it
-also prints model FLOPs utilisation of the training step and the share of the memory bandwidth that
-decoding reaches. Facts about the compiled training step of a 1.5B-parameter model come last. Exits
-with 1 where results differ or a limit is missed.
+alone, rows times matrices as the decoder has them, the ratio is above 1: what all else costs. On an
+accelerator it also prints model FLOPs utilisation of the training step and the share of the memory
+bandwidth that decoding reaches. Facts about the compiled training step of a 1.5B-parameter model
+come last. Exits with 1 where results differ or a limit is missed.
 """
 
 from __future__ import annotations
@@ -240,41 +240,31 @@ def beside_transformers(name: str, runs: int) -> list[harness.Row]:
     million = f"{count(params) / 1e6:.0f}M"
     ours = generator(size, decoder, params)
     found, expected = np.asarray(ours()), peer.generate()
-    tokens = BATCH * size.new_tokens
-    mine, theirs, ratio = harness.paired_seconds(ours, peer.generate, runs=runs)
-    rows = [
-        harness.Row(
-            name=f"generate, {million} parameters, {BATCH} prompts, {size.new_tokens} new tokens",
-            peer="transformers",
-            ours=f"{tokens / mine:,.0f} tokens/s",
-            theirs=f"{tokens / theirs:,.0f} tokens/s",
-            ratio=ratio,
+    generate = f"generate, {million} parameters, {BATCH} prompts, {size.new_tokens} new tokens"
+    shown = harness.rate(BATCH * size.new_tokens, "tokens")
+    step = trainer(size, decoder, params)
+    return [
+        harness.paired(
+            generate,
+            "transformers",
+            ours,
+            peer.generate,
+            runs=runs,
+            shown=shown,
             max_abs_error=float((found != expected).mean()),
             limit=size.limit_decode,
-        )
-    ]
-    mine, least, ratio = harness.paired_seconds(ours, products(size), runs=runs)
-    rows.append(
-        harness.Row(
-            name=f"generate, {million} parameters, {BATCH} prompts, {size.new_tokens} new tokens",
-            peer="its matrix products alone",
-            ours=f"{tokens / mine:,.0f} tokens/s",
-            theirs=f"{tokens / least:,.0f} tokens/s",
-            ratio=ratio,
-        )
-    )
-    step = trainer(size, decoder, params)
-    error = abs(float(step()) - peer.step())
-    mine, theirs, ratio = harness.paired_seconds(step, peer.step, runs=runs)
-    return [
-        *rows,
-        harness.Row(
-            name=f"training step, {million} parameters, {size.rows} x {size.length} tokens",
-            peer="transformers + torch",
-            ours=harness.milliseconds(mine),
-            theirs=harness.milliseconds(theirs),
-            ratio=ratio,
-            max_abs_error=error,
+        ),
+        harness.paired(
+            generate, "its matrix products alone", ours, products(size), runs=runs, shown=shown
+        ),
+        harness.paired(
+            f"training step, {million} parameters, {size.rows} x {size.length} tokens",
+            "transformers + torch",
+            step,
+            peer.step,
+            max_abs_error=abs(float(step()) - peer.step()),
+            runs=runs,
+            shown=harness.milliseconds,
             limit=size.limit_train,
         ),
     ]
