@@ -173,6 +173,38 @@ def test_the_first_gradient_is_that_of_the_policy_gradient():
         same(after.params, state.params)
 
 
+@pytest.mark.parametrize("options", [{}, {"max_kl": 1e-3}, {"value_clip": None}])
+def test_a_gradient_in_blocks_is_the_whole_minibatch_s(options):
+    """Also with advantages normalised over all of it, and with a loss that is no mean over rows."""
+
+    def auxiliary(params, part, key):
+        spread = jnp.std(part.advantage) * sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
+        return spread + jax.random.uniform(key), {"spread": spread}
+
+    whole, blocks = (
+        agent_of(auxiliary=auxiliary, block_size=size, **options) for size in (None, 4)
+    )
+    state = whole.init(jax.random.key(0))
+    (one, reported), (other, also) = (jax.jit(agent.update)(state) for agent in (whole, blocks))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        (one.params, reported),
+        (other.params, also),
+    )
+    assert reported.keys() == also.keys() >= {"spread", "kl", "clipped"}
+
+
+def test_blocks_are_taken_of_large_minibatches_only():
+    assert on_policy.block_of(4096, None) == 4096
+    assert on_policy.block_of(131072, None) == 2048
+    assert on_policy.block_of(6000, None) == 2000
+    assert on_policy.block_of(4099, None) == 4099  # a prime
+    with pytest.raises(ValueError, match="block_size: expected a divisor of the minibatch's 32"):
+        agent_of(block_size=5)
+    with pytest.raises(ValueError, match="block_size"):
+        agent_of(block_size=0)
+
+
 def test_a_time_limit_is_no_end_unless_it_is_taken_for_one():
     """With the values known, truncated steps bootstrap from the state before the reset."""
     values = jnp.array([1.0, 2.0, 4.0])

@@ -118,6 +118,7 @@ def ppo(
     max_gradient_norm: float = 0.5,
     max_kl: float | None = None,
     auxiliary: Auxiliary | None = None,
+    block_size: int | None = None,
 ) -> Agent:
     """PPO: clipped surrogate, value error and entropy on minibatches of a fresh batch.
 
@@ -150,6 +151,9 @@ def ppo(
         batch. None: all are.
       auxiliary: `(params, minibatch, key) -> (loss, metrics)`, added to L: a penalty on the
         distribution's parameters, say, or the error of another network in `params`. None: nothing.
+      block_size: rows of a minibatch whose gradient is computed at a time; the step is the same up
+        to rounding. Bounds the memory of activations, those of `auxiliary` aside. None: all, on
+        CPUs some 2,000 of a minibatch with more than twice as many.
 
     Returns:
       the agent. Metrics: `loss`, `policy_loss`, `value_loss`, `entropy`, `kl` (mean of
@@ -158,8 +162,8 @@ def ppo(
       is a `max_kl`, `taken` (share of the steps); those of `auxiliary`.
 
     Raises:
-      ValueError: a number out of range, a count that does not divide, observations that are not
-        vectors and no `network`.
+      ValueError: a number out of range, a count or `block_size` that does not divide, observations
+        that are not vectors and no `network`.
     """
     for name, count in {
         "num_envs": num_envs,
@@ -178,6 +182,7 @@ def ppo(
             f"num_minibatches: expected a divisor of {num_envs} x {num_steps} steps, "
             f"got {num_minibatches}"
         )
+    block = on_policy.block_of(size // num_minibatches, block_size)
     net = actor_critic(env) if network is None else network
     if optimizer is None:
         rate = on_policy.annealed(learning_rate, anneal_over, num_epochs * num_minibatches)
@@ -190,8 +195,8 @@ def ppo(
     def init(key: PRNGKeyArray) -> on_policy.State:
         return on_policy.initial(env, net, adam.init, key, num_envs=num_envs)
 
-    def loss_of(params: Any, part: Batch, key: PRNGKeyArray) -> tuple[Array, Metrics]:
-        loss, metrics = clipped_loss(
+    def loss_of(params: Any, part: Batch) -> tuple[Array, Metrics]:
+        return clipped_loss(
             net,
             params,
             part,
@@ -199,12 +204,20 @@ def ppo(
             value_clip=value_clip,
             value_coefficient=value_coefficient,
             entropy_coefficient=entropy_coefficient,
-            normalize_advantages=normalize_advantages,
+            normalize_advantages=False,
         )
+
+    def gradient(params: Any, part: Batch, key: PRNGKeyArray) -> tuple[Any, Metrics]:
+        counted = part
+        if normalize_advantages:
+            counted = part._replace(advantage=on_policy.standardize(part.advantage))
+        grads, metrics = on_policy.gradient_in_blocks(loss_of, params, counted, block_size=block)
         if auxiliary is None:
-            return loss, metrics
-        extra, more = auxiliary(params, part, key)
-        return loss + extra, more | metrics | {"loss": loss + extra}
+            return grads, metrics
+        (extra, more), further = jax.value_and_grad(auxiliary, has_aux=True)(params, part, key)
+        return jax.tree.map(jnp.add, grads, further), (
+            more | metrics | {"loss": metrics["loss"] + extra}
+        )
 
     def update(state: on_policy.State) -> tuple[on_policy.State, Metrics]:
         key, act_key, epoch_key = jax.random.split(state.key, 3)
@@ -228,7 +241,7 @@ def ppo(
             params, opt_state = carry
             rows, key = given
             part = jax.tree.map(lambda x: x[rows], batch)
-            grads, metrics = jax.grad(loss_of, has_aux=True)(params, part, key)
+            grads, metrics = gradient(params, part, key)
             updates, opt_state = adam.update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), metrics
 
