@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import random
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -215,4 +216,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs it started end with it
     sys.exit(main())
