@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from experiments.benchmarks.harness import Row, milliseconds, paired_seconds
+from experiments.benchmarks.harness import Row, milliseconds, paired
 from pgjax import advantages
 
 SIZE, GROUP = 4096, 16
@@ -85,14 +85,14 @@ def rows(*, size: int = SIZE, group: int = GROUP, runs: int = 15) -> list[Row]:
 
         theirs = functools.partial(loop, rewards, group_ids)
         error = float(np.max(np.abs(ours() - theirs())))
-        mine, other, ratio = paired_seconds(ours, theirs, runs=runs)
         out.append(
-            Row(
-                name=f"advantages.{name} [{size}] in groups of {group}, time",
-                peer="NumPy, loop over groups",
-                ours=milliseconds(mine),
-                theirs=milliseconds(other),
-                ratio=ratio,
+            paired(
+                f"advantages.{name} [{size}] in groups of {group}, time",
+                "NumPy, loop over groups",
+                ours,
+                theirs,
+                runs=runs,
+                shown=milliseconds,
                 max_abs_error=error,
                 limit=1.0,
             )

@@ -61,17 +61,15 @@ def compared(groups: int, *, skewed: bool, runs: int) -> list[harness.Row]:
     )
     name = f"[{ROWS}, {INNER}] by {groups} groups' [{INNER}, {OUT}]"
     name += ", half of the rows in one group" if skewed else ""
-    mine, other, ratio = harness.paired_seconds(
-        functools.partial(ours, *arguments), functools.partial(theirs, *arguments), runs=runs
-    )
     held = [program.memory_analysis().temp_size_in_bytes for program in (ours, theirs)]
     return [
-        harness.Row(
-            name=f"{name}, time",
-            peer="jax.lax.ragged_dot",
-            ours=harness.milliseconds(mine),
-            theirs=harness.milliseconds(other),
-            ratio=ratio,
+        harness.paired(
+            f"{name}, time",
+            "jax.lax.ragged_dot",
+            functools.partial(ours, *arguments),
+            functools.partial(theirs, *arguments),
+            runs=runs,
+            shown=harness.milliseconds,
             max_abs_error=error,
             limit=1.0,
         ),

@@ -105,13 +105,13 @@ def row(options: argparse.Namespace) -> tuple[harness.Row, bool]:
     for name, run in (("continuous", continuous), ("static", static)):
         steps = jax.tree.leaves([s.steps for s in _listed(run())])
         print(f"  {name}: {sum(map(int, steps))} steps for {tokens} tokens", file=sys.stderr)
-    ours, theirs, ratio = harness.paired_seconds(continuous, static, runs=options.runs)
-    result = harness.Row(
-        name=f"generate, {options.requests} completions, {options.slots} at a time",
-        peer="static batches",
-        ours=f"{tokens / ours:.0f} tokens/s",
-        theirs=f"{tokens / theirs:.0f} tokens/s",
-        ratio=ratio,  # of seconds, so below 1 is faster
+    result = harness.paired(
+        f"generate, {options.requests} completions, {options.slots} at a time",
+        "static batches",
+        continuous,
+        static,
+        runs=options.runs,
+        shown=harness.rate(tokens, "tokens"),
         limit=1 / options.limit,
     )
     return result, same_samples(sizes, arguments)

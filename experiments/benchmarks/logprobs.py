@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from experiments.benchmarks.harness import Row, milliseconds, paired_seconds
+from experiments.benchmarks.harness import Row, milliseconds, paired
 from pgjax import logprobs
 
 ROWS, LENGTH = 2, 256
@@ -77,8 +77,16 @@ def _time_row(
     a = jax.jit(ours).lower(*arguments).compile()
     b = jax.jit(theirs).lower(*arguments).compile()
     gap = _largest_difference(a(*arguments), b(*arguments))
-    mine, other, ratio = paired_seconds(lambda: a(*arguments), lambda: b(*arguments), runs=runs)
-    return Row(name, peer, milliseconds(mine), milliseconds(other), ratio, gap, limit)
+    return paired(
+        name,
+        peer,
+        lambda: a(*arguments),
+        lambda: b(*arguments),
+        runs=runs,
+        shown=milliseconds,
+        max_abs_error=gap,
+        limit=limit,
+    )
 
 
 def _memory_row(features: int, vocabulary: int, dtype: Any) -> Row:

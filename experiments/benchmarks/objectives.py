@@ -104,15 +104,15 @@ def step_rows(names: list[str], runs: int, say: Callable[[str], None]) -> list[h
         step = Step(decoder, params, objective, data)
         again = bool(objective.old_needs) or bool({"proximal_logprobs"} & objective.needs)
         limit = None if again or "values" in objective.needs else LIMIT
-        mine, theirs, ratio = harness.paired_seconds(step, plain, runs=runs)
         rows += [
-            harness.Row(
-                name=f"{name}, step of {million} parameters, {SIZE.rows} x {SIZE.length} tokens"
+            harness.paired(
+                f"{name}, step of {million} parameters, {SIZE.rows} x {SIZE.length} tokens"
                 + (", another forward pass" if again else ""),
-                peer="grpo",
-                ours=harness.milliseconds(mine),
-                theirs=harness.milliseconds(theirs),
-                ratio=ratio,
+                "grpo",
+                step,
+                plain,
+                runs=runs,
+                shown=harness.milliseconds,
             ),
             harness.Row(
                 name="— FLOPs",

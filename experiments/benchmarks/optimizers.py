@@ -172,14 +172,14 @@ def update_rows(
         del mine
         say(f"{label}, Muon by Gram matrices")
         gram = Update(ours(shapes, "gram_ns"), shapes, run=True)
-        a, b, ratio = harness.paired_seconds(gram, other, runs=runs)
         rows.append(
-            harness.Row(
-                name="— by gram_ns",
-                peer="optax.contrib",
-                ours=harness.milliseconds(a),
-                theirs=harness.milliseconds(b),
-                ratio=ratio,
+            harness.paired(
+                "— by gram_ns",
+                "optax.contrib",
+                gram,
+                other,
+                runs=runs,
+                shown=harness.milliseconds,
                 max_abs_error=errors["gram_ns"],
                 limit=0.8 if cpu else 1 / 3,
             )
@@ -188,14 +188,14 @@ def update_rows(
         mine = Update(ours(shapes), shapes, run=True)
         say(f"{label}, AdamW")
         adam = Update(adamw(shapes), shapes, run=True)
-        a, b, ratio = harness.paired_seconds(mine, adam, runs=runs)
         rows.append(
-            harness.Row(
-                name="— the same update",
-                peer="optax.adamw",
-                ours=harness.milliseconds(a),
-                theirs=harness.milliseconds(b),
-                ratio=ratio,
+            harness.paired(
+                "— the same update",
+                "optax.adamw",
+                mine,
+                adam,
+                runs=runs,
+                shown=harness.milliseconds,
             )
         )
         del mine, adam
@@ -257,14 +257,14 @@ def training_rows(layers: int, rows: int, length: int, runs: int) -> list[harnes
         return run
 
     muon = optim.muon(1e-3, shape="moonshot", adam_learning_rate=1e-4)
-    mine, other, ratio = harness.paired_seconds(step(muon), step(optax.adamw(1e-4)), runs=runs)
     return [
-        harness.Row(
-            name=f"training step, {layers} layers, {rows} x {length} tokens, Muon",
-            peer="the same with AdamW",
-            ours=harness.milliseconds(mine),
-            theirs=harness.milliseconds(other),
-            ratio=ratio,
+        harness.paired(
+            f"training step, {layers} layers, {rows} x {length} tokens, Muon",
+            "the same with AdamW",
+            step(muon),
+            step(optax.adamw(1e-4)),
+            runs=runs,
+            shown=harness.milliseconds,
             limit=1.10 if jax.default_backend() != "cpu" else None,
         )
     ]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks.harness import Row, milliseconds, paired_seconds
+from experiments.benchmarks.harness import Row, milliseconds, paired
 from pgjax import returns
 
 SIZES = ((256, 1024), (4096, 128))
@@ -46,16 +46,14 @@ def rows(sizes: Sequence[tuple[int, int]] = SIZES, *, runs: int = 15) -> list[Ro
                 float(jnp.max(jnp.abs(x - y)))
                 for x, y in zip(jax.tree.leaves(a(*data)), jax.tree.leaves(b(*data)), strict=True)
             )
-            mine, other, ratio = paired_seconds(
-                functools.partial(a, *data), functools.partial(b, *data), runs=runs
-            )
             out.append(
-                Row(
-                    name=f"returns.{name} [{batch}, {steps}], time",
-                    peer=peer,
-                    ours=milliseconds(mine),
-                    theirs=milliseconds(other),
-                    ratio=ratio,
+                paired(
+                    f"returns.{name} [{batch}, {steps}], time",
+                    peer,
+                    functools.partial(a, *data),
+                    functools.partial(b, *data),
+                    runs=runs,
+                    shown=milliseconds,
                     max_abs_error=error,
                 )
             )
