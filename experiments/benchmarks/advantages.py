@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import collections
 import functools
+import sys
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from experiments.benchmarks.harness import Row, milliseconds, paired
+from experiments.benchmarks.harness import Row, main, milliseconds, paired
 from pgjax import advantages
 
 SIZE, GROUP = 4096, 16
@@ -100,13 +101,5 @@ def rows(*, size: int = SIZE, group: int = GROUP, runs: int = 15) -> list[Row]:
     return out
 
 
-def main() -> None:
-    for row in rows():
-        print(
-            f"{row.name}: ours {row.ours}, {row.peer} {row.theirs}, ratio {row.ratio:.3g}, "
-            f"largest difference {row.max_abs_error:.2g}"
-        )
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main("advantages", __doc__, rows, None))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from experiments.benchmarks.harness import Row, milliseconds, paired
+from experiments.benchmarks.harness import Row, main, milliseconds, paired
 from pgjax import logprobs
 
 ROWS, LENGTH = 2, 256
@@ -179,5 +180,4 @@ def rows() -> list[Row]:
 
 
 if __name__ == "__main__":
-    for row in rows():
-        print(row, "" if row.within_limit else "<-- above its limit")
+    sys.exit(main("logprobs", __doc__, rows, None))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks.harness import Row, milliseconds, paired
+from experiments.benchmarks.harness import Row, main, milliseconds, paired
 from pgjax import returns
 
 SIZES = ((256, 1024), (4096, 128))
@@ -120,5 +121,4 @@ def _plain_v_trace(
 
 
 if __name__ == "__main__":
-    for row in rows():
-        print(row)
+    sys.exit(main("returns", __doc__, rows, None))
