@@ -65,7 +65,7 @@ def test_tools_help_half_of_the_prompts():
 
 
 def test_digit_sums():
-    config = tricks_grid.Config()
+    config = tricks_grid.Config(policy="table")
     problem = tricks_grid.digit_sums(config, "hard")
     rows = jnp.array([[0, 3, 1, 0, 0, 0, 0], [0, 3, 2, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1, 1]])
     rollout = problems.rollout_of(problem, rows, tricks_grid.start(config, "hard"))
@@ -80,6 +80,19 @@ def test_digit_sums():
         params = tricks_grid.start(config, mix)
         problem = tricks_grid.digit_sums(config, mix)
         assert low < float(problems.expected_reward(problem, params)) < high
+
+
+def test_a_network_starts_as_the_table_does_but_where_it_is_untrained():
+    network = tricks_grid.Config(prompts=4, longest=4, warm_up=150)
+    table = dataclasses.replace(network, policy="table")
+    key = jax.random.key(0)
+
+    def accuracy(config, mix):
+        params = tricks_grid.initial(config, mix, key)
+        return float(problems.expected_reward(tricks_grid.digit_sums(config, mix), params))
+
+    assert accuracy(network, "split") == pytest.approx(accuracy(table, "split"), abs=0.03)
+    assert accuracy(network, "hard") < 0.15 < accuracy(network, "split")
 
 
 def test_exact_success_is_what_walks_have():
