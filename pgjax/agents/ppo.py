@@ -153,7 +153,8 @@ def ppo(
         distribution's parameters, say, or the error of another network in `params`. None: nothing.
       block_size: rows of a minibatch whose gradient is computed at a time; the step is the same up
         to rounding. Bounds the memory of activations, those of `auxiliary` aside. None: all, on
-        CPUs some 2,000 of a minibatch with more than twice as many.
+        CPUs some 2,000 of a minibatch with more than twice as many. A network with statistics over
+        rows needs all of them.
 
     Returns:
       the agent. Metrics: `loss`, `policy_loss`, `value_loss`, `entropy`, `kl` (mean of
