@@ -5,41 +5,25 @@ Ends and exits as `experiments.ppo` does.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 
 from experiments.control import off_policy, run
 from pgjax import agents, envs
 
 
-@dataclasses.dataclass(frozen=True)
-class Config(off_policy.Config):
-    """DDPG's numbers."""
-
-    noise: float = 0.1
-    """Of exploration, as a share of the largest action."""
-
-
-def make_agent(env: envs.Environment, updates: int, config: Config) -> agents.Agent:
+def make_agent(env: envs.Environment, updates: int, config: off_policy.Noisy) -> agents.Agent:
     return agents.ddpg(
         env,
         agents.deterministic_policy(env, hidden=config.hidden),
         agents.critics(env, num=1, hidden=config.hidden),
-        num_envs=config.num_envs,
-        num_steps=config.num_steps,
-        gradient_steps=config.gradient_steps,
-        batch_size=config.batch_size,
-        capacity=config.capacity,
-        start_steps=config.start_steps,
-        discount=config.discount,
-        tau=config.tau,
-        learning_rate=config.learning_rate,
-        noise=config.noise,
+        **config.options(),
     )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return run.main("ddpg", Config(), make_agent, description=__doc__, arguments=arguments)
+    return run.main(
+        "ddpg", off_policy.Noisy(), make_agent, description=__doc__, arguments=arguments
+    )
 
 
 if __name__ == "__main__":

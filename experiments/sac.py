@@ -16,15 +16,7 @@ def make_agent(env: envs.Environment, updates: int, config: off_policy.Config) -
         env,
         agents.squashed_gaussian_policy(env, hidden=config.hidden),
         agents.critics(env, hidden=config.hidden),
-        num_envs=config.num_envs,
-        num_steps=config.num_steps,
-        gradient_steps=config.gradient_steps,
-        batch_size=config.batch_size,
-        capacity=config.capacity,
-        start_steps=config.start_steps,
-        discount=config.discount,
-        tau=config.tau,
-        learning_rate=config.learning_rate,
+        **config.options(),
     )
 
 

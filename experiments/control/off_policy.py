@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from experiments.control import run
+
+_OF_THE_AGENT = (
+    *("num_envs", "num_steps", "gradient_steps", "batch_size", "capacity", "start_steps"),
+    *("discount", "tau", "learning_rate"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,3 +41,19 @@ class Config(run.Config):
     """Of Adam, the same for all networks."""
     hidden: tuple[int, ...] = (256, 256)
     """Sizes of the hidden layers."""
+
+    def options(self) -> dict[str, Any]:
+        """Those that the three agents take by these names."""
+        return {name: getattr(self, name) for name in _OF_THE_AGENT}
+
+
+@dataclasses.dataclass(frozen=True)
+class Noisy(Config):
+    """And what DDPG and TD3 share."""
+
+    noise: float = 0.1
+    """Of exploration, as a share of the largest action."""
+
+    def options(self) -> dict[str, Any]:
+        """As of all three, and the noise."""
+        return super().options() | {"noise": self.noise}

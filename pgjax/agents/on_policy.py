@@ -15,7 +15,13 @@ from pgjax.agents.agent import Metrics
 from pgjax.agents.networks import ActorCritic
 from pgjax.envs.core import Environment
 from pgjax.sampling import random_order
-from pgjax.sampling.environments import Decision, Episodes, Running, start_environments
+from pgjax.sampling.environments import (
+    Decision,
+    Episodes,
+    Running,
+    start_environments,
+    unroll_environments,
+)
 from pgjax.types import Transition
 
 _ROWS = 4096  # of observations that are judged at once
@@ -52,6 +58,44 @@ def greedy(net: ActorCritic) -> Any:
         return net.distribution.mode(net.actor(state.params, observation))
 
     return act
+
+
+class Collected(NamedTuple):
+    """A fresh batch `[T, N]`, judged by the policy and values that it was collected with."""
+
+    running: Running
+    seen: Transition
+    episodes: Episodes
+    advantage: Float[Array, "T N"]
+    target: Float[Array, "T N"]
+
+
+def collect(
+    env: Environment,
+    net: ActorCritic,
+    params: Any,
+    running: Running,
+    key: PRNGKeyArray,
+    *,
+    num_steps: int,
+    discount: float,
+    lambda_: float,
+    bootstrap_truncated: bool,
+) -> Collected:
+    """So many steps of every environment, and `estimate` of them."""
+    running, seen, episodes = unroll_environments(
+        env, decide(net, params), running, key, num_steps=num_steps
+    )
+    advantage, target = estimate(
+        net,
+        params,
+        seen,
+        running.observation,
+        discount=discount,
+        lambda_=lambda_,
+        bootstrap_truncated=bootstrap_truncated,
+    )
+    return Collected(running, seen, episodes, advantage, target)
 
 
 def estimate(

@@ -19,7 +19,6 @@ from pgjax.agents import on_policy
 from pgjax.agents.agent import Agent, Metrics
 from pgjax.agents.networks import ActorCritic, actor_critic
 from pgjax.envs.core import Environment
-from pgjax.sampling.environments import unroll_environments
 
 
 class Batch(NamedTuple):
@@ -222,14 +221,13 @@ def ppo(
 
     def update(state: on_policy.State) -> tuple[on_policy.State, Metrics]:
         key, act_key, epoch_key = jax.random.split(state.key, 3)
-        running, seen, episodes = unroll_environments(
-            env, on_policy.decide(net, state.params), state.running, act_key, num_steps=num_steps
-        )
-        advantage, target = on_policy.estimate(
+        running, seen, episodes, advantage, target = on_policy.collect(
+            env,
             net,
             state.params,
-            seen,
-            running.observation,
+            state.running,
+            act_key,
+            num_steps=num_steps,
             discount=discount,
             lambda_=lambda_,
             bootstrap_truncated=bootstrap_truncated,

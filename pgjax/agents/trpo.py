@@ -16,7 +16,6 @@ from pgjax.agents.agent import Agent, Metrics
 from pgjax.agents.networks import ActorCritic, actor_critic
 from pgjax.envs.core import Environment
 from pgjax.optim import natural
-from pgjax.sampling.environments import unroll_environments
 
 Function = Callable[[Any], Float[Array, ""]]
 
@@ -119,20 +118,19 @@ def _agent(
     def update(state: on_policy.State) -> tuple[on_policy.State, Metrics]:
         key, act_key, epoch_key = jax.random.split(state.key, 3)
         params = state.params
-        running, seen, episodes = unroll_environments(
-            env, on_policy.decide(net, params), state.running, act_key, num_steps=num_steps
-        )
-        assert seen.value is not None and seen.log_prob is not None
-        behavior = seen.log_prob
-        advantage, target = on_policy.estimate(
+        running, seen, episodes, advantage, target = on_policy.collect(
+            env,
             net,
             params,
-            seen,
-            running.observation,
+            state.running,
+            act_key,
+            num_steps=num_steps,
             discount=discount,
             lambda_=lambda_,
             bootstrap_truncated=bootstrap_truncated,
         )
+        assert seen.value is not None and seen.log_prob is not None
+        behavior = seen.log_prob
         advantage = on_policy.standardize(advantage)
         old = net.actor(params, seen.observation)
 
