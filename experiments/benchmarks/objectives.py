@@ -55,26 +55,33 @@ def batch(rows: int, length: int) -> Rollout:
 
 
 def make(name: str) -> objectives.Objective:
-    """The recipe with what it cannot do without; turns are the rollout's."""
+    """The recipe with what it cannot do without; turns are the rollout's, sizes the model's."""
     options = options_of(name, GROUP)
     for turns in ("turn_ids", "steps"):
         if callable(options.get(turns)):
             del options[turns]
+    for size in ("vocab_size", "hidden_size"):
+        if size in options:
+            options[size] = SIZE.config[size]
     return public_recipes()[name](**options)
+
+
+def begun(decoder: Any, params: Any, objective: objectives.Objective) -> tuple[Any, Any]:
+    """A state, and the update of it."""
+    optimizer = optax.adamw(1e-4)
+    params = {"decoder": jax.tree.map(jnp.copy, params)}
+    if "values" in objective.needs:
+        params["value_head"] = models.value_head_init(decoder.config, jax.random.key(1))
+    state = train.init(params, optimizer, jax.random.key(0), objective=objective)
+    outputs = train.language_model_outputs(decoder)
+    return state, train.make_update(outputs, objective, optimizer, group_size=GROUP)
 
 
 class Step:
     """One compiled training step, and what XLA says of it."""
 
     def __init__(self, decoder: Any, params: Any, objective: objectives.Objective, data: Rollout):
-        optimizer = optax.adamw(1e-4)
-        params = {"decoder": jax.tree.map(jnp.copy, params)}
-        if "values" in objective.needs:
-            params["value_head"] = models.value_head_init(decoder.config, jax.random.key(1))
-        self.state = train.init(params, optimizer, jax.random.key(0), objective=objective)
-        update: Any = train.make_update(
-            train.language_model_outputs(decoder), objective, optimizer, group_size=GROUP
-        )
+        self.state, update = begun(decoder, params, objective)
         self.data = data
         self.compiled = update.lower(self.state, data).compile()
         self.flops, self.bytes = cost(self.compiled)
