@@ -41,7 +41,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import pgjax as pg
-from experiments.shared import reproduction, tabular
+from experiments.shared import reproduction, tabular, token_network
 from pgjax import advantages, aggregate, masks, objectives
 from pgjax.diagnostics import problems
 from pgjax.objectives import baselines
@@ -145,29 +145,12 @@ def table_logits(
 
 
 def transformer(config: Config) -> pg.models.FunctionalDecoder:
-    """Two layers of two heads; every prompt is a token of its own."""
-    return pg.models.FunctionalDecoder(
-        pg.models.DecoderConfig(
-            vocab_size=ACTIONS + config.prompts,
-            hidden_size=config.width,
-            num_layers=2,
-            num_heads=2,
-            mlp_size=2 * config.width,
-            gated=False,
-            activation="relu",
-            rope_theta=100.0,
-            max_length=1 + config.longest,
-            init_stddev=None,
-        )
+    return token_network.make_decoder(
+        num_prompts=config.prompts,
+        num_actions=ACTIONS,
+        horizon=config.longest,
+        width=config.width,
     )
-
-
-def network_logits(
-    decoder: pg.models.FunctionalDecoder, params: Any, tokens: Int[Array, "B T"]
-) -> Float[Array, "B T A"]:
-    hidden = decoder.apply(params, tokens.at[:, 0].add(ACTIONS))
-    logits = decoder.logits(params, hidden)[..., :ACTIONS]
-    return jnp.pad(logits[:, :-1], ((0, 0), (1, 0), (0, 0)))  # of the next token, at its own place
 
 
 def digit_sums(config: Config, mix: str) -> problems.TokenProblem:
@@ -192,7 +175,7 @@ def digit_sums(config: Config, mix: str) -> problems.TokenProblem:
         num_prompts=config.prompts,
         num_actions=ACTIONS,
         horizon=config.longest,
-        logits=functools.partial(network_logits, transformer(config))
+        logits=token_network.logits_of(transformer(config), ACTIONS)
         if config.policy == "transformer"
         else table_logits,
         reward=reward,
@@ -218,29 +201,22 @@ def initial(config: Config, mix: str, key: PRNGKeyArray) -> Any:
         return table
     init_key, key = jax.random.split(key)
     params = pg.models.init(transformer(config).config, init_key)[1]
-    return params if mix.startswith("hard") else warmed_up(config, mix, params, key)
+    if mix in UNTRAINED:
+        return params
 
-
-def warmed_up(config: Config, mix: str, params: Any, key: PRNGKeyArray) -> Any:
-    """The network after learning the table's probabilities behind prefixes drawn at random."""
-    problem, table = digit_sums(config, mix), start(config, mix)
-    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, config.warm_up))
-
-    def loss(params: Any, rows: Array) -> Array:
-        wanted = jax.nn.softmax(table_logits(table, rows))
-        found = jax.nn.log_softmax(problem.logits(params, rows))
-        return -(wanted * found)[:, 1:].sum(-1).mean()
-
-    def step(state: Any, key: Array) -> tuple[Any, None]:
-        params, moments = state
+    def rows_of(key: Array) -> Array:
         digits = jax.random.randint(key, (16 * config.prompts, config.longest), 1, ACTIONS)
         prompts = jnp.tile(jnp.arange(config.prompts), 16)[:, None]
-        rows = jnp.concatenate([prompts, digits], axis=1).astype(jnp.int32)
-        steps, moments = optimizer.update(jax.grad(loss)(params, rows), moments)
-        return (optax.apply_updates(params, steps), moments), None
+        return jnp.concatenate([prompts, digits], axis=1).astype(jnp.int32)
 
-    keys = jax.random.split(key, config.warm_up)
-    return jax.lax.scan(step, (params, optimizer.init(params)), keys)[0][0]
+    return token_network.fitted(
+        digit_sums(config, mix).logits,
+        params,
+        functools.partial(table_logits, table),
+        rows_of,
+        key,
+        steps=config.warm_up,
+    )
 
 
 def cell(
@@ -381,26 +357,17 @@ def claims(found: Callable[[str, str], dict[str, Any]]) -> list[reproduction.Cla
     result = []
     for mix, other in itertools.product(UNTRAINED, ("GRPO", "DAPO")):
         gain = found(mix, LITE)["accuracy"] - found(mix, other)["accuracy"]
-        error = reproduction.standard_error(gain)
         result.append(
             reproduction.Claim(
                 f"{mix}: Lite PPO's final accuracy is within noise of or above {other}'s",
-                bool(gain.mean() + 2 * error >= 0),
-                f"difference {gain.mean():+.4f} ± {error:.4f}",
+                bool(gain.mean() + 2 * reproduction.standard_error(gain) >= 0),
+                reproduction.with_error(gain, "+.4f"),
             )
         )
+    text = "99th percentile of the gradient norm is lower with the batch's deviation"
     for mix in MIXED:
-        batch, group = (found(mix, name)["gradient norm p99"] for name in (LITE, "group/group"))
-        gain = group - batch
-        error = reproduction.standard_error(gain)
-        result.append(
-            reproduction.Claim(
-                f"{mix}: 99th percentile of the gradient norm is lower with the batch's deviation",
-                bool(gain.mean() > 2 * error),
-                f"{batch.mean():.3f} against {group.mean():.3f}, difference {gain.mean():.3f} ± "
-                f"{error:.3f}",
-            )
-        )
+        group, batch = (found(mix, name)["gradient norm p99"] for name in ("group/group", LITE))
+        result.append(reproduction.ahead(f"{mix}: {text}", group, batch))
     return result
 
 

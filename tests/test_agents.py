@@ -181,9 +181,9 @@ def test_a_gradient_in_blocks_is_the_whole_minibatch_s(options):
         spread = jnp.std(part.advantage) * sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
         return spread + jax.random.uniform(key), {"spread": spread}
 
-    whole, blocks = (
-        agent_of(auxiliary=auxiliary, block_size=size, **options) for size in (None, 4)
-    )
+    # Plain descent: Adam would hide a gradient of another size.
+    options = {"auxiliary": auxiliary, "optimizer": optax.sgd(0.1), **options}
+    whole, blocks = (agent_of(block_size=size, **options) for size in (None, 4))
     state = whole.init(jax.random.key(0))
     (one, reported), (other, also) = (jax.jit(agent.update)(state) for agent in (whole, blocks))
     jax.tree.map(

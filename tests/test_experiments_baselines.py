@@ -83,16 +83,22 @@ def test_digit_sums():
 
 
 def test_a_network_starts_as_the_table_does_but_where_it_is_untrained():
-    network = tricks_grid.Config(prompts=4, longest=4, warm_up=150)
-    table = dataclasses.replace(network, policy="table")
-    key = jax.random.key(0)
+    config = tricks_grid.Config(prompts=4, longest=4, warm_up=150)
 
-    def accuracy(config, mix):
-        params = tricks_grid.initial(config, mix, key)
-        return float(problems.expected_reward(tricks_grid.digit_sums(config, mix), params))
+    def accuracies(mix):
+        problem = tricks_grid.digit_sums(config, mix)
+        keys = jax.random.split(jax.random.key(0), 4)
+        params = jax.jit(
+            lambda keys: jax.lax.map(lambda k: tricks_grid.initial(config, mix, k), keys)
+        )
+        return jax.vmap(lambda p: problems.expected_reward(problem, p))(params(keys))
 
-    assert accuracy(network, "split") == pytest.approx(accuracy(table, "split"), abs=0.03)
-    assert accuracy(network, "hard") < 0.15 < accuracy(network, "split")
+    table = dataclasses.replace(config, policy="table")
+    problem = tricks_grid.digit_sums(table, "split")
+    want = float(problems.expected_reward(problem, tricks_grid.start(table, "split")))
+    found = np.asarray(accuracies("split"))
+    assert np.abs(found - want).max() < 0.1 and abs(found.mean() - want) < 0.05
+    assert np.asarray(accuracies("hard")).max() < 0.3
 
 
 def test_exact_success_is_what_walks_have():
