@@ -203,6 +203,8 @@ def test_blocks_are_taken_of_large_minibatches_only():
         agent_of(block_size=5)
     with pytest.raises(ValueError, match="block_size"):
         agent_of(block_size=0)
+    with pytest.raises(ValueError, match="block_size: expected a divisor of the minibatch's 3"):
+        on_policy.gradient_in_blocks(lambda p, x: p, 1.0, jnp.ones(3), block_size=2)
 
 
 def test_a_time_limit_is_no_end_unless_it_is_taken_for_one():

@@ -74,7 +74,7 @@ def products(numbers: control_peers.Numbers) -> Callable[[], Any]:
             return x + 1e-9 * (actor[:, :1] + critic), None
 
         def learn(nets: Any, _: None) -> tuple[Any, None]:
-            grads = on_policy.gradient_in_blocks(error, nets, part, block_size=block)[0]
+            grads = on_policy.gradient_in_blocks(error, nets, part)[0]
             return jax.tree.map(lambda w, g: w - 1e-9 * g, nets, grads), None
 
         last, _ = jax.lax.scan(act, seen, None, numbers.num_steps)
@@ -87,7 +87,6 @@ def products(numbers: control_peers.Numbers) -> Callable[[], Any]:
         for ends in ((*sizes, 2), (*sizes, 1))
     ]
     rows = numbers.num_envs * numbers.num_steps // numbers.minibatches
-    block = on_policy.block_of(rows, None)
     seen, part = (rng.normal(size=(n, 4)).astype(np.float32) for n in (numbers.num_envs, rows))
     return functools.partial(run, nets, seen, part)
 

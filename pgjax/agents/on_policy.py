@@ -61,7 +61,14 @@ def greedy(net: ActorCritic) -> Any:
 
 
 class Collected(NamedTuple):
-    """A fresh batch `[T, N]`, judged by the policy and values that it was collected with."""
+    """A fresh batch `[T, N]`, judged by the policy and values that it was collected with.
+
+    Attributes:
+      running: the environments after it.
+      seen: with `log_prob` and `value`.
+      episodes: those that ended.
+      advantage, target: f32, of `estimate`.
+    """
 
     running: Running
     seen: Transition
@@ -82,7 +89,19 @@ def collect(
     lambda_: float,
     bootstrap_truncated: bool,
 ) -> Collected:
-    """So many steps of every environment, and `estimate` of them."""
+    """So many steps of every environment, and `estimate` of them.
+
+    Args:
+      env: the world.
+      net, params: act and judge.
+      running: N environments.
+      key: of actions and environments.
+      num_steps: T.
+      discount, lambda_, bootstrap_truncated: of `estimate`.
+
+    Raises:
+      ValueError: as `returns.gae`.
+    """
     running, seen, episodes = unroll_environments(
         env, decide(net, params), running, key, num_steps=num_steps
     )
@@ -162,9 +181,9 @@ def gradient_in_blocks(
     params: Any,
     rows: Any,
     *,
-    block_size: int,
+    block_size: int | None = None,
 ) -> tuple[Any, Metrics]:
-    """Gradient and metrics of a mean over rows, `block_size` of them at a time.
+    """Gradient and metrics of a mean over rows, a block of them at a time.
 
     The mean of the blocks' gradients is that of all rows, where the loss and its metrics are means
     over rows and no row's term depends on another's. Activations are then those of a block. On CPUs
@@ -174,16 +193,21 @@ def gradient_in_blocks(
       loss: `(params, rows) -> (mean, means)`.
       params: differentiable.
       rows: leaves `[B, ...]`.
-      block_size: divides B.
+      block_size: of `block_of`.
 
     Returns:
       the gradient, like `params`, and the metrics over all rows.
+
+    Raises:
+      ValueError: as `block_of`.
     """
     gradient = jax.grad(loss, has_aux=True)
-    number = jax.tree.leaves(rows)[0].shape[0] // block_size
-    if number == 1:
+    size = jax.tree.leaves(rows)[0].shape[0]
+    block = block_of(size, block_size)
+    if block == size:
         return gradient(params, rows)
-    blocks = jax.tree.map(lambda x: x.reshape(number, block_size, *x.shape[1:]), rows)
+    number = size // block
+    blocks = jax.tree.map(lambda x: x.reshape(number, block, *x.shape[1:]), rows)
     shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], blocks))
 
     def add(total: Any, block: Any) -> tuple[Any, None]:

@@ -182,7 +182,7 @@ def ppo(
             f"num_minibatches: expected a divisor of {num_envs} x {num_steps} steps, "
             f"got {num_minibatches}"
         )
-    block = on_policy.block_of(size // num_minibatches, block_size)
+    block_size = on_policy.block_of(size // num_minibatches, block_size)
     net = actor_critic(env) if network is None else network
     if optimizer is None:
         rate = on_policy.annealed(learning_rate, anneal_over, num_epochs * num_minibatches)
@@ -211,7 +211,9 @@ def ppo(
         counted = part
         if normalize_advantages:
             counted = part._replace(advantage=on_policy.standardize(part.advantage))
-        grads, metrics = on_policy.gradient_in_blocks(loss_of, params, counted, block_size=block)
+        grads, metrics = on_policy.gradient_in_blocks(
+            loss_of, params, counted, block_size=block_size
+        )
         if auxiliary is None:
             return grads, metrics
         (extra, more), further = jax.value_and_grad(auxiliary, has_aux=True)(params, part, key)
