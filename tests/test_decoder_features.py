@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -261,6 +262,101 @@ def test_sinks_take_weight_from_the_row():
     assert_close(weights, np.array([math.exp(0.3), 0.0, math.exp(2.0)]) / total, 1e-6)
     low = attention.masked_softmax(jnp.asarray(scores), jnp.ones(3, bool), jnp.asarray(-1e30))
     assert_close(low, jax.nn.softmax(jnp.asarray(scores)), 1e-6)
+
+
+def _plain_attention(query, key, value, sinks, *, seen, scale, soft_cap):
+    """One row in NumPy, float64: query [T, heads, D], key and value [kv_heads, T, D]."""
+    heads, out = query.shape[1], np.zeros(query.shape)
+    for t in range(query.shape[0]):
+        for h in range(heads):
+            own = h // (heads // key.shape[0])
+            scores = scale * key[own] @ query[t, h]
+            if soft_cap is not None:
+                scores = soft_cap * np.tanh(scores / soft_cap)
+            exps = np.where(seen[t], np.exp(scores), 0.0)
+            out[t, h] = exps @ value[own] / (exps.sum() + np.exp(sinks[h]))
+    return out
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_attention_and_its_derivatives_equal_a_loop_over_queries(blocks, monkeypatch):
+    """Sinks, window, soft cap, packed row; the derivatives by central differences in float64."""
+    if blocks:
+        monkeypatch.setattr(attention, "QUERY_BLOCK", 3)
+    rng = np.random.default_rng(11)
+    length, heads, kv_heads, dim = 7, 4, 2, 3
+    shapes = [(length, heads, dim), (kv_heads, length, dim), (kv_heads, length, dim), (heads,)]
+    point, direction, other = ([rng.normal(size=s) for s in shapes] for _ in range(3))
+    cotangent = rng.normal(size=shapes[0])
+    ids = np.array([0, 0, 0, 1, 1, 1, 1])
+    at = np.arange(length)
+    seen = (at <= at[:, None]) & (at > at[:, None] - 3) & (ids == ids[:, None])
+
+    def expected(*arrays):
+        return _plain_attention(*arrays, seen=seen, scale=0.6, soft_cap=2.0)
+
+    def along(function, step, *moves):
+        """The mixed derivative along the moves."""
+        if not moves:
+            return function(*point)
+        first, *rest = moves
+
+        def difference(*arrays):
+            ahead = function(*(a + step * d for a, d in zip(arrays, first, strict=True)))
+            behind = function(*(a - step * d for a, d in zip(arrays, first, strict=True)))
+            return (ahead - behind) / (2 * step)
+
+        return along(difference, step, *rest)
+
+    settings = attention.AttentionSettings(scale=0.6, window=3, soft_cap=2.0)
+
+    def found(query, key, value, sinks):
+        return attention.sequence_attention(
+            query[None],
+            key[None],
+            value[None],
+            settings=settings,
+            segment_ids=jnp.asarray(ids[None], jnp.int32),
+            sinks=sinks,
+        )[0]
+
+    def narrow(arrays):
+        return tuple(jnp.asarray(a, jnp.float32) for a in arrays)
+
+    def projected(*arrays):
+        return jnp.vdot(found(*arrays), jnp.asarray(cotangent, jnp.float32))
+
+    out, tangent = jax.jvp(found, narrow(point), narrow(direction))
+    assert_close(out, expected(*point), 1e-6)
+    change = along(expected, 1e-5, direction)
+    assert_close(tangent, change, 1e-5)
+    gradient = jax.grad(projected, argnums=(0, 1, 2, 3))
+    backward = sum(np.vdot(g, d) for g, d in zip(gradient(*narrow(point)), direction, strict=True))
+    assert_close(backward, np.vdot(change, cotangent), 1e-5)
+    _, second = jax.jvp(gradient, narrow(point), narrow(direction))
+    second = sum(np.vdot(g, d) for g, d in zip(second, other, strict=True))
+    assert_close(second, np.vdot(along(expected, 1e-4, direction, other), cotangent), 1e-4)
+
+
+def test_keeping_products_keeps_what_attention_gave():
+    """Of a layer's seven products of attention, its backward pass makes one again: the scores."""
+    tokens = jnp.zeros((2, 8), jnp.int32)
+
+    def products(remat):
+        decoder, params = build(remat=remat)
+
+        def loss(params):
+            return decoder.apply(params, tokens).sum()
+
+        compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+        # Attention's are those of a batch; the loops over layers hold each once.
+        return len(re.findall(r" dot\(.*lhs_batch_dims=", compiled.as_text()))
+
+    assert {remat: products(remat) for remat in (None, "dots", "full")} == {
+        None: 6,
+        "dots": 7,
+        "full": 8,
+    }
 
 
 def test_splash_attention_equals_the_portable_one():

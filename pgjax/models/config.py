@@ -114,9 +114,9 @@ class DecoderConfig:
       dtype: of activations and matmul inputs. Norm statistics, softmax and logits are float32.
       param_dtype: of the parameters.
       remat: what the backward pass recomputes in each layer. None: nothing; "full": everything
-        but the layer's input; "dots": everything but products with the parameters. On CPUs "full"
-        is also the fastest for small models, since writing and reading back what would be kept
-        costs more than computing it again.
+        but the layer's input; "dots": everything but products with the parameters and what
+        attention gave. On CPUs None is the slowest, since writing and reading back what would be
+        kept costs more than computing it again.
     """
 
     vocab_size: int
