@@ -1,7 +1,8 @@
 """pgjax's numeric core beside its nearest equals, on the same arrays, in one run.
 
 Times are medians of runs taken in turn, given as ratios (ours / theirs, below 1 is faster); memory
-is the compiled program's temporary memory. Exits with 1 where results differ or a limit is missed.
+is the compiled program's temporary memory; how far results differ is the last column. Exits with 1
+where a limit is missed.
 """
 
 from __future__ import annotations
