@@ -339,7 +339,8 @@ def test_attention_and_its_derivatives_equal_a_loop_over_queries(blocks, monkeyp
 
 
 def test_keeping_products_keeps_what_attention_gave():
-    """Of a layer's seven products of attention, its backward pass makes one again: the scores."""
+    """Of the six products of a layer's attention and its gradient, "dots" makes the scores again,
+    "full" the result as well."""
     tokens = jnp.zeros((2, 8), jnp.int32)
 
     def products(remat):

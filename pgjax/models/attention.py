@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
+
+from pgjax.models import weighted_values
 
 QUERY_BLOCK = 512
 """Rows of scores held at a time by the portable implementation."""
@@ -18,8 +19,6 @@ MAX_STAGES = 4
 over the keys up to its end: four do 5/8 of the work of one."""
 LEAST_STAGE = 64
 """Queries of a stage where there are several."""
-ATTENDED = "attended"
-"""The name under which rematerialisation finds what the portable one's backward pass needs."""
 
 
 class AttentionSettings(NamedTuple):
@@ -260,7 +259,7 @@ def rows_over_keys(
         if padding:  # padded queries see the last key, so that no row of weights is empty
             beyond = start + jnp.arange(size) >= length
             mask = mask | (beyond[:, None] & (positions == end - 1))
-        return _attended(scores, mask, values, sinks)
+        return weighted_values.attended(scores, mask, values, sinks)
 
     if blocks == 1:
         return attend(queries, 0)
@@ -270,60 +269,6 @@ def rows_over_keys(
     step = jax.checkpoint(lambda part: attend(*part), prevent_cse=False)
     out = jnp.moveaxis(jax.lax.map(step, (stacked, starts)), 0, 3)
     return out.reshape(padded.shape)[:, :, :, :length]
-
-
-# With this rule the backward pass needs of the forward one, beside the scores, only the result and
-# a number per query. The sum over the keys that the gradient of a softmax holds,
-# Σ_s w_s (g·v_s), is g·Σ_s w_s v_s: a sum over the head's dimensions of arrays without a key axis.
-@jax.custom_jvp
-def _attended(
-    scores: Float[Array, "B kv r t S"],
-    mask: Bool[Array, "*mask t S"],
-    values: Float[Array, "B kv S D"],
-    sinks: Float[Array, "kv r 1"] | None,
-) -> Float[Array, "B kv r t D"]:
-    """`masked_softmax(scores, mask, sinks) · values`, in the dtype of `values`."""
-    return _attended_in_float32(scores, mask, values, sinks)[0].astype(values.dtype)
-
-
-def _attended_in_float32(
-    scores: Array, mask: Array, values: Array, sinks: Array | None
-) -> tuple[Array, Array]:
-    """The result, and the log of the weights' denominator `[B, kv, r, t, 1]`."""
-    scores = jnp.where(mask, scores, -jnp.inf)
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    if sinks is not None:
-        top = jnp.maximum(top, _column(sinks))
-    unscaled = jnp.exp(scores - top)
-    total = jnp.sum(unscaled, axis=-1, keepdims=True)
-    if sinks is not None:
-        total += jnp.exp(_column(sinks) - top)
-    return _weighted(unscaled, values) / total, top + jnp.log(total)
-
-
-@_attended.defjvp
-def _attended_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
-    scores, mask, values, sinks = primals
-    out, log_total = _attended_in_float32(*primals)
-    out, log_total = checkpoint_name(out, ATTENDED), checkpoint_name(log_total, ATTENDED)
-    weights = jnp.exp(jnp.where(mask, scores - log_total, -jnp.inf))
-    changes = weights * tangents[0]
-    total_change = jnp.sum(changes, axis=-1, keepdims=True)
-    if sinks is not None:
-        total_change += jnp.exp(_column(sinks) - log_total) * _column(tangents[3])
-    change = _weighted(changes, values) - total_change * out + _weighted(weights, tangents[2])
-    return out.astype(values.dtype), change.astype(values.dtype)
-
-
-def _column(sinks: Array) -> Array:
-    return sinks.astype(jnp.float32)[..., None]
-
-
-def _weighted(weights: Float[Array, "B kv r t S"], values: Float[Array, "B kv S D"]) -> Array:
-    # Queries of one key-value head as one axis, as for the scores.
-    flat = weights.astype(values.dtype).reshape(*weights.shape[:2], -1, weights.shape[-1])
-    out = jnp.einsum("bkqs,bksd->bkqd", flat, values, preferred_element_type=jnp.float32)
-    return out.reshape(*weights.shape[:-1], -1)
 
 
 class CachePart(NamedTuple):

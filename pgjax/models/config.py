@@ -115,8 +115,8 @@ class DecoderConfig:
       param_dtype: of the parameters.
       remat: what the backward pass recomputes in each layer. None: nothing; "full": everything
         but the layer's input; "dots": everything but products with the parameters and what
-        attention gave. On CPUs None is the slowest, since writing and reading back what would be
-        kept costs more than computing it again.
+        attention gave. On CPUs None is the slowest for small models, since writing and reading
+        back what would be kept costs more than computing it again.
     """
 
     vocab_size: int

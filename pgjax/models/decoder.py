@@ -26,6 +26,7 @@ from pgjax.models.config import DecoderConfig
 from pgjax.models.layers import Layer, add_norm, kernel, normed, value
 from pgjax.models.moe import Routing
 from pgjax.models.rotary import rotary_tables, rotate
+from pgjax.models.weighted_values import ATTENDED
 from pgjax.parallel.sharding import batch_sharding, gather, row_ways, token_sharding
 
 Tables = tuple[Array, Array] | None
@@ -38,7 +39,7 @@ _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(attention.ATTENDED),
+        jax.checkpoint_policies.save_only_these_names(ATTENDED),
     ),
 }
 
